@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -58,6 +59,10 @@ def extension_arguments():
         from torch.utils import cpp_extension
     except ImportError as error:
         print(f"defgan_fast: torch is not visible ({error}): the kernels are compiled on first import")
+        return {"cmdclass": commands}
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        print(f"defgan_fast: no C++ compiler ('{compiler}' was not found): only the sources are installed")
         return {"cmdclass": commands}
     try:
         import ninja

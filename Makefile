@@ -1,0 +1,95 @@
+# From a fresh clone to a result with one command: `make demo` shows the defence, `make test` proves it.
+#
+# Everything lives in .venv, which needs nothing but Python 3.10 or later, a C++ compiler and a package index.
+# Each step leaves a stamp in .venv, so a second run installs nothing, and a change below csrc/ only recompiles
+# what it touches.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PRESETS ?= release asan ubsan tsan
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# torch compiles with $CXX or c++; make's own default for CXX is no wish of the user
+COMPILER := $(if $(filter environment command,$(firstword $(origin CXX))),$(CXX),c++)
+# Another TORCH or another PYTHON is another installation
+KEY := $(shell printf '%s' '$(TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
+TORCH_STAMP := $(VENV)/.torch-$(KEY)
+INSTALLED := $(VENV)/.installed-$(KEY)
+BUILT := $(VENV)/.built-$(KEY)
+TOOLS := $(VENV)/.tools-$(KEY)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+CMAKE = $(shell command -v cmake || echo $(BIN)/cmake)
+CTEST = $(shell command -v ctest || echo $(BIN)/ctest)
+
+.PHONY: help install demo test lint format weights bench cpp-test clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+demo: $(BUILT) ## defend 100 handwritten digits and show the result (out/demo)
+	$(PY) -m defgan_fast demo $(ARGS)
+
+test: $(BUILT) ## run the Python tests; ARGS="-m 'not slow'" leaves out those that install the package anew
+	$(PY) -m pytest $(ARGS)
+
+install: $(BUILT) ## create .venv, install torch and the package, compile the extension
+
+lint: $(TOOLS) $(BUILT) ## ruff, mypy and clang-format; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(TOOLS) ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+
+bench: $(BUILT) $(TOOLS) ## measure the kernels against their peers (minutes; on a quiet machine)
+	$(PY) -m defgan_fast bench $(ARGS)
+
+cpp-test: $(TOOLS) ## the kernels' C++ tests, plain and under three sanitizers; PRESETS="release" for one
+	@for preset in $(PRESETS); do \
+	  echo "== $$preset" && \
+	  $(CMAKE) --preset $$preset && \
+	  $(CMAKE) --build --preset $$preset --parallel && \
+	  $(CTEST) --preset $$preset $(ARGS) || exit 1; \
+	done
+
+clean: ## remove what was compiled
+	rm -rf build dist *.egg-info defgan_fast/*.so defgan_fast/_C.json .mypy_cache .ruff_cache .pytest_cache
+	rm -f $(VENV)/.built-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## and the virtual environment
+	rm -rf $(VENV)
+
+$(TORCH_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "Python 3.10 or later is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@command -v $(firstword $(COMPILER)) >/dev/null || { \
+	  echo "A C++ compiler is needed, and '$(firstword $(COMPILER))' was not found; on Debian and Ubuntu:" \
+	       "apt install g++. Another one: CXX=clang++ make" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip setuptools wheel pybind11 ninja
+	$(PY) -m pip install $(TORCH)
+	@touch $@
+
+$(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py MANIFEST.in defgan_fast/_build.py defgan_fast/_version.py
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# The installation has compiled everything; afterwards only what changed is compiled again.
+$(BUILT): $(INSTALLED) $(SOURCES)
+	$(PY) -W ignore setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(TOOLS): $(INSTALLED)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@touch $@
