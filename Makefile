@@ -78,10 +78,11 @@ $(TORCH_STAMP):
 	       "apt install g++. Another one: CXX=clang++ make" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip setuptools wheel pybind11 ninja
-	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install $(TORCH) numpy
 	@touch $@
 
 $(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py MANIFEST.in defgan_fast/_build.py defgan_fast/_version.py
+	@echo 'Installing the package and compiling its kernels, once (one to three minutes)'
 	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
 	@touch $@
 

@@ -109,4 +109,4 @@ def extension_arguments():
     return {"ext_modules": [extension], "cmdclass": commands | {"build_ext": BuildExt}}
 
 
-setup(**extension_arguments())
+setup(license="Apache-2.0", **extension_arguments())
