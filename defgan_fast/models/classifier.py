@@ -1,0 +1,118 @@
+"""Classifiers A to F (paper, table 5), with the paddings of the released code.
+
+The paper gives layers but no paddings. In the released code the first convolution is TensorFlow's SAME and
+the others are VALID. E is D and F is B, both without dropout. All return logits: the softmax of the table
+belongs to the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from defgan_fast.models._layers import SameConv2d, initialise
+
+ARCHITECTURES = ("A", "B", "C", "D", "E", "F")
+
+
+def _valid(size: int, kernel: int, stride: int) -> int:
+    return (size - kernel) // stride + 1
+
+
+def _half(size: int) -> int:
+    return -(-size // 2)
+
+
+def _two_convolutions(
+    shape: Sequence[int], classes: int, first: tuple[int, int], second: tuple[int, int]
+) -> list[nn.Module]:
+    """A and C: (channels, kernel) of a SAME convolution of stride 1 and a VALID one of stride 2."""
+    channels, height, width = shape
+    features = second[0] * _valid(height, second[1], 2) * _valid(width, second[1], 2)
+    return [
+        SameConv2d(channels, first[0], first[1]),
+        nn.ReLU(),
+        nn.Conv2d(first[0], second[0], second[1], stride=2),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Flatten(),
+        nn.Linear(features, 128),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(128, classes),
+    ]
+
+
+def _three_convolutions(shape: Sequence[int], classes: int, dropout: bool) -> list[nn.Module]:
+    """B, and without dropout F."""
+    channels, height, width = shape
+    maps = [_valid(_valid(_half(size), 6, 2), 5, 1) for size in (height, width)]
+    layers: list[nn.Module] = [nn.Dropout(0.2)] if dropout else []
+    layers += [
+        SameConv2d(channels, 64, 8, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 6, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(128, 128, 5),
+        nn.ReLU(),
+    ]
+    if dropout:
+        layers.append(nn.Dropout(0.5))
+    return [*layers, nn.Flatten(), nn.Linear(128 * maps[0] * maps[1], classes)]
+
+
+def _fully_connected(shape: Sequence[int], classes: int, dropout: bool) -> list[nn.Module]:
+    """D, and without dropout E."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    features = shape[0] * shape[1] * shape[2]
+    for _ in range(2):
+        layers += [nn.Linear(features, 200), nn.ReLU()]
+        if dropout:
+            layers.append(nn.Dropout(0.5))
+        features = 200
+    return [*layers, nn.Linear(features, classes)]
+
+
+class Classifier(nn.Module):
+    """One of the paper's classifiers.
+
+    Args:
+        arch: "A" to "F".
+        image_shape: (C, H, W); A and C need at least 5x5 and 3x3 pixels, B and F at least 27x27.
+        classes: number of logits.
+
+    Raises:
+        ValueError: unknown ``arch``, or images too small for its convolutions.
+
+    Example:
+        >>> Classifier("F")(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, arch: str, image_shape: Sequence[int] = (1, 28, 28), classes: int = 10) -> None:
+        super().__init__()
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+        self.config: dict[str, Any] = {"arch": arch, "image_shape": list(image_shape), "classes": classes}
+        smallest = {"A": 5, "B": 27, "C": 3, "D": 1, "E": 1, "F": 27}[arch]
+        if min(image_shape[1:]) < smallest:
+            raise ValueError(
+                f"image_shape must have at least {smallest}x{smallest} pixels for classifier {arch}, "
+                f"got {image_shape[1]}x{image_shape[2]}"
+            )
+        if arch in "AC":
+            first, second = ((64, 5), (64, 5)) if arch == "A" else ((128, 3), (64, 3))
+            layers = _two_convolutions(image_shape, classes, first, second)
+        elif arch in "BF":
+            layers = _three_convolutions(image_shape, classes, dropout=arch == "B")
+        else:
+            layers = _fully_connected(image_shape, classes, dropout=arch == "D")
+        self.layers = nn.Sequential(*layers)
+        initialise(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] -> [N, classes] logits."""
+        return self.layers(images)
