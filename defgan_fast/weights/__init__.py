@@ -1,0 +1,145 @@
+"""Weight files: safetensors with a card in the header that says what they are and how they came to be.
+
+The header holds the model's class and constructor arguments, so that a file alone rebuilds its module, and
+the card: the command, the seed, the hash of the data, the measured quality, the versions. Files are written
+whole or not at all. The weights shipped with the package lie beside this file, named ``<name>_generator``
+and ``<name>_classifier``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import nn
+
+from defgan_fast import models
+
+FOLDER = Path(__file__).parent
+SUFFIX = ".safetensors"
+FORMAT = "defgan_fast 1"
+
+
+def load_generator(name_or_path: str | os.PathLike[str]) -> nn.Module:
+    """A trained generator, in eval mode on the CPU.
+
+    Args:
+        name_or_path: "digits", or the name of another shipped generator, or the path of a weight file.
+
+    Returns:
+        The module, latents [N, k] -> images [N, C, H, W].
+
+    Raises:
+        FileNotFoundError: no such shipped generator (the message says which there are and how to train
+            one), or no such file.
+        ValueError: the file is truncated, was not written by :func:`save`, or is not a generator's.
+    """
+    return _load(name_or_path, "generator")
+
+
+def load_classifier(name_or_path: str | os.PathLike[str]) -> nn.Module:
+    """A trained classifier, in eval mode on the CPU; arguments and errors as for :func:`load_generator`."""
+    return _load(name_or_path, "classifier")
+
+
+def shipped(kind: str) -> list[str]:
+    """Names of the shipped weights of one kind, "generator" or "classifier"."""
+    ending = f"_{kind}{SUFFIX}"
+    return sorted(path.name[: -len(ending)] for path in FOLDER.glob("*" + ending))
+
+
+def save(module: nn.Module, path: str | os.PathLike[str], card: dict[str, Any]) -> None:
+    """Write the module's weights with its card, atomically: temporary name, fsync, rename.
+
+    Args:
+        module: one of :mod:`defgan_fast.models`, which keep their constructor arguments as ``config``.
+        path: the file, by custom ending in ``.safetensors``; its folder is made if need be.
+        card: what there is to know about the weights; must serialise to JSON.
+
+    Raises:
+        TypeError: the module is none of this package's models, or the card does not serialise.
+        OSError: the folder cannot be written.
+    """
+    config = getattr(module, "config", None)
+    if not isinstance(config, dict):
+        raise TypeError(f"module must be one of defgan_fast.models, got {type(module).__name__}")
+    metadata = {
+        "format": FORMAT,
+        "model": type(module).__name__,
+        "config": json.dumps(config),
+        "card": json.dumps(card),
+    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    write_atomically(path, serialise(tensors, metadata=metadata))
+
+
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The card of a weight file; errors as for :func:`load_generator`."""
+    return json.loads(_read(Path(path))[0]["card"])
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a crash, a full disk or a reader at any moment sees the old one or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(name_or_path: str | os.PathLike[str], kind: str) -> nn.Module:
+    path = _resolve(name_or_path, kind)
+    metadata, tensors = _read(path)
+    module = models.build(metadata["model"], json.loads(metadata["config"]))
+    if not metadata["model"].lower().endswith(kind):
+        raise ValueError(f"{path} must hold a {kind}, got a {metadata['model']}")
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its own header: {' '.join(str(error).split())}") from None
+    return module.eval()
+
+
+def _resolve(name_or_path: str | os.PathLike[str], kind: str) -> Path:
+    text = os.fspath(name_or_path)
+    if text.endswith(SUFFIX) or os.sep in text or not isinstance(name_or_path, str):
+        return Path(text)
+    path = FOLDER / f"{text}_{kind}{SUFFIX}"
+    if not path.is_file():
+        job = "gan" if kind == "generator" else "classifier"
+        raise FileNotFoundError(
+            f"no {kind} named {text!r} is shipped, there are: {', '.join(shipped(kind)) or 'none'}; "
+            f"train one with: defgan-fast train {job} --dataset {text}"
+        )
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was not written by defgan_fast: expected format {FORMAT!r} in its header, "
+            f"got {metadata.get('format')!r}"
+        )
+    return metadata, tensors
