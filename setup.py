@@ -1,9 +1,9 @@
 """Builds the extension ahead of time where torch is visible, and ships its sources everywhere.
 
-With `pip install --no-build-isolation .` torch is visible and the extension is compiled now. In pip's isolated
-build environment it is not: asking for it there would fetch another torch than the one installed and break
-the binary interface, so only the sources are installed and compiled on first import. Everything that is not a
-build step is static metadata in pyproject.toml.
+With `pip install --no-build-isolation .` torch is visible and the extension is compiled now. In pip's
+isolated build environment it is not: asking for it there would fetch another torch than the one installed
+and break the binary interface, so only the sources are installed, and compiled on first import. Everything
+that is not a build step is metadata in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ settings = load_build_settings()
 
 
 class BuildPy(build_py):
-    """Copies `csrc/` into the package as `_csrc/`, so that an installed package can compile on first import."""
+    """Copies `csrc/` into the package as `_csrc/`: an installed package can then compile on first import."""
 
     def run(self):
         super().run()

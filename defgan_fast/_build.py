@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # No -std (torch adds the one it needs), no -march (each instruction set's file names its own target, and the
-# right one is chosen at run time), no -ffast-math (the same bits for every schedule need a fixed order of sums).
+# right one is chosen at run time), no -ffast-math (the same bits for every schedule need a fixed order of
+# sums).
 COMPILE_FLAGS = ["-O3", "-fno-math-errno", "-pthread"]
 LINK_FLAGS = ["-pthread"]
 
@@ -43,7 +44,7 @@ def cuda_source_files(csrc: Path) -> list[Path]:
 
 
 def shipped_files(csrc: Path) -> list[Path]:
-    """All that an installed package needs in order to compile on first import: sources and headers, sorted."""
+    """What an installed package needs in order to compile on first import: sources and headers, sorted."""
     suffixes = {".cpp", ".h", ".cu", ".cuh"}
     files = (path for path in csrc.rglob("*") if path.suffix in suffixes)
     return sorted(path for path in files if "tests" not in path.relative_to(csrc).parts)
@@ -96,7 +97,9 @@ def decide_cuda(
     if sources == 0:
         return Decision(False, "this version of defgan_fast has no CUDA kernels")
     if cuda_home is None:
-        return Decision(False, f"torch was built for CUDA {torch_cuda} but no toolkit was found; set CUDA_HOME")
+        return Decision(
+            False, f"torch was built for CUDA {torch_cuda} but no toolkit was found (set CUDA_HOME)"
+        )
     if nvcc is None:
         return Decision(False, f"nvcc does not run in {cuda_home}")
     if nvcc.split(".")[0] != torch_cuda.split(".")[0]:

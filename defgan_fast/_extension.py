@@ -1,10 +1,10 @@
 """Makes the compiled operators available, however the package was installed.
 
-`load()` tries, in this order: the module `defgan_fast._C` that was built with the package (if it was built for
-the torch that is installed now); a build that an earlier import left in the cache; compiling the sources that
-the package ships, once. Where none of it works the reference path still does, so failing is a warning and not
-an error. The cache is keyed by the versions of torch, Python and the package and by a hash of the sources: an
-upgrade of any of them compiles anew instead of loading symbols that no longer fit.
+`load()` tries, in this order: the module `defgan_fast._C` that was built with the package (if it was built
+for the torch that is installed now); a build that an earlier import left in the cache; compiling the sources
+that the package ships, once. Where none of it works the reference path still does, so failing is a warning
+and not an error. The cache is keyed by the versions of torch, Python and the package and by a hash of the
+sources: an upgrade of any of them compiles anew instead of loading symbols that no longer fit.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def status() -> Status:
 
 
 def sources() -> Path | None:
-    """The folder with the C++ sources: in an installed package, else in a checkout; None where there is none."""
+    """The folder with the C++ sources, of the installed package or of the checkout; None without one."""
     for folder in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
         if _build.source_files(folder):
             return folder
@@ -93,7 +93,8 @@ def _load() -> None:
         if misfit is None:
             try:
                 _module = importlib.import_module("defgan_fast._C")
-                _status = {"built": "ahead of time", "reason": "built with the package", "path": _module.__file__}
+                reason = "built with the package"
+                _status = {"built": "ahead of time", "reason": reason, "path": _module.__file__}
                 return
             except ImportError as error:
                 misfit = f"it cannot be loaded: {_one_line(error)}"
@@ -139,12 +140,12 @@ def _on_first_import() -> ModuleType:
 
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler: '{compiler}' was not found (install g++ or clang++, or set CXX)")
+        raise RuntimeError(f"no C++ compiler: '{compiler}' was not found (install g++, or set CXX)")
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder / "defgan_fast.lock"):
         if (folder / _FINISHED).is_file() and library.is_file():  # another process built it meanwhile
             return _import_file(library)
-        # torch's own lock is a file whose existence counts: one left by a killed build would stop us for ever.
+        # torch's own lock is a file whose existence counts: one left by a killed build stops us for ever.
         (folder / "lock").unlink(missing_ok=True)
         print(
             f"defgan_fast: compiling the kernels for torch {torch.__version__}, once (about a minute)",

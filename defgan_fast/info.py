@@ -24,8 +24,9 @@ from ._version import __version__
 def environment() -> dict[str, Any]:
     """Everything that `defgan-fast info` prints, as a dict that serialises to JSON.
 
-    Keys: `versions` (defgan_fast, commit, python, torch, numpy), `backends` (name -> whether it is available and
-    why), `extension` (how it was built, with which compiler), `cpu` (model, cores, threads, instruction sets).
+    Keys: `versions` (defgan_fast, commit, python, torch, numpy), `backends` (by name: whether it is available
+    and why not), `extension` (how it was built and with what), `cpu` (model, cores, threads, instruction
+    sets).
     """
     module = _extension.module()
     status = _extension.status()
@@ -107,9 +108,10 @@ def _text(found: dict[str, Any]) -> str:
     versions, extension, cpu = found["versions"], found["extension"], found["cpu"]
     rows = [(name, value) for name, value in versions.items() if value is not None]
     for name, backend in found["backends"].items():
-        rows.append((f"backend {name}", "available" if backend["available"] else f"absent: {backend['reason']}"))
+        state = "available" if backend["available"] else f"absent: {backend['reason']}"
+        rows.append((f"backend {name}", state))
     rows.append(("extension", f"built {extension['built']}" if extension["path"] else "absent"))
-    rows += [(f"  {name}", extension[name]) for name in sorted(extension) if name != "built" and extension[name]]
+    rows += [(f"  {name}", value) for name, value in sorted(extension.items()) if name != "built" and value]
     rows.append(("processor", f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads in use"))
     if cpu["active"]:
         rows.append(("instruction sets", f"{', '.join(cpu['instruction_sets'])}; in use: {cpu['active']}"))
