@@ -1,0 +1,50 @@
+"""What this machine can do at best: the kernels are measured against it, not against other software alone.
+
+Two limits for each precision. The probe multiplies and adds registers and touches no memory: nothing can be
+faster on the same threads. `torch.mm` of large square matrices is what a tuned library reaches with memory.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from .. import _extension
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MATRIX = 2048
+
+
+def machine_limits(threads: int, seconds: float = 0.3) -> dict[str, dict[str, float | None]]:
+    """GFLOP/s by precision: `{"float32": {"probe": ..., "torch.mm": ...}, "bfloat16": ...}`.
+
+    The probe is the best of three runs of `seconds`, None without the compiled module.
+    """
+    return {
+        precision: {"probe": _probe(precision, threads, seconds), "torch.mm": matrix_product(dtype, seconds)}
+        for precision, dtype in PRECISIONS.items()
+    }
+
+
+def _probe(precision: str, threads: int, seconds: float) -> float | None:
+    module: Any = _extension.module()
+    if module is None:
+        return None
+    isa = module.active_instruction_set()
+    return max(module.machine_limits(isa, precision, threads, seconds) for _ in range(3))
+
+
+def matrix_product(dtype: torch.dtype, seconds: float) -> float:
+    """Median GFLOP/s of `torch.mm` of square matrices, on torch's threads."""
+    a, b = torch.randn(MATRIX, MATRIX).to(dtype), torch.randn(MATRIX, MATRIX).to(dtype)
+    torch.mm(a, b)
+    rates: list[float] = []
+    end = time.perf_counter() + 3 * seconds
+    while time.perf_counter() < end or len(rates) < 3:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        rates.append(2e-9 * MATRIX**3 / (time.perf_counter() - start))
+    return statistics.median(rates)

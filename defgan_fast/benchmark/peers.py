@@ -1,0 +1,266 @@
+"""The same projection by other means: eager PyTorch, a compiled step, and a JAX loop where JAX is installed.
+
+Every peer runs L steps of heavy-ball descent from the same starting points and returns the final errors, as
+the kernels do, and is written the way a careful user of that library would write it: rows flattened once,
+weights in the layout and type that suit it, no work inside the loop that belongs outside. A bfloat16 peer
+runs the network in bfloat16 and keeps z, the momentum and the loss in float32, as the kernels do.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import reference
+from .limits import PRECISIONS
+
+MOMENTUM = 0.7
+LEARNING_RATE = 10.0
+LR_DECAY = 0.1
+DECAY_AT = 0.8
+
+Run = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One problem: project `images` [B, C, H, W] onto `generator` from `z0` [B, R, k]; all float32."""
+
+    generator: nn.Module
+    images: torch.Tensor
+    z0: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """B x R."""
+        return self.z0.shape[0] * self.z0.shape[1]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to do the work.
+
+    `prepare(work, steps)` does all that is done once (conversion of the weights, compilation) and returns a
+    function that projects and returns the final errors [B, R]; only that function is timed.
+    """
+
+    name: str
+    precision: str
+    prepare: Callable[[Work, int], Run]
+
+
+class Unavailable(Exception):
+    """This peer cannot do this work here; the message says why."""
+
+
+def learning_rates(steps: int) -> list[float]:
+    """The method's rate for each step."""
+    return reference.learning_rates(steps, LEARNING_RATE, LR_DECAY, DECAY_AT)
+
+
+def ours(precision: str, backend: str = "cpu") -> Peer:
+    """The kernels, through the public `Projector` and all of its overhead."""
+
+    def prepare(work: Work, steps: int) -> Run:
+        from .. import Projector
+
+        projector = Projector(
+            work.generator, steps=steps, restarts=work.z0.shape[1], precision=precision, backend=backend
+        )
+        return lambda: projector.project(work.images, z0=work.z0).all_errors
+
+    return Peer(f"defgan_fast {backend}", precision, prepare)
+
+
+def pytorch_peers(compiled: bool = True) -> list[Peer]:
+    """Eager and compiled PyTorch, both memory layouts, both precisions; compiled only where a compiler is."""
+    peers = []
+    for precision in PRECISIONS:
+        for layout in ("NCHW", "channels_last"):
+            peers.append(Peer(f"eager {layout}", precision, _pytorch(precision, layout, _eager_step)))
+            if compiled and shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]):
+                prepare = _pytorch(precision, layout, _compiled_step)
+                peers.append(Peer(f"torch.compile {layout}", precision, prepare))
+    return peers
+
+
+def jax_peers() -> list[Peer]:
+    """A jitted JAX loop in float32, where JAX is installed."""
+    return [Peer("jax jit", "float32", _jax)] if importlib.util.find_spec("jax") else []
+
+
+def rows_of(work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images [B * R, C, H, W] and starting points [B * R, k] of all rows, image by image."""
+    return work.images.repeat_interleave(work.z0.shape[1], 0), work.z0.flatten(0, 1)
+
+
+def row_errors(generator: nn.Module, z: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """[N, k], [N, C, H, W] -> [N]: mean squared error of each row."""
+    return (generator(z) - images).square().flatten(1).mean(1)
+
+
+class _Bfloat16(nn.Module):
+    """The network in bfloat16 between a float32 latent and a float32 image."""
+
+    def __init__(self, generator: nn.Module) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.generator(z.bfloat16()).float()
+
+
+Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _eager_step(generator: nn.Module) -> Step:
+    def step(
+        z: torch.Tensor, velocity: torch.Tensor, images: torch.Tensor, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        z = z.requires_grad_()
+        (gradient,) = torch.autograd.grad(row_errors(generator, z, images).sum(), z)
+        velocity = velocity.mul_(MOMENTUM).add_(gradient)
+        return z.detach() - rate * velocity, velocity
+
+    return step
+
+
+def _compiled_step(generator: nn.Module) -> Step:
+    def step(
+        z: torch.Tensor, velocity: torch.Tensor, images: torch.Tensor, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = torch.func.grad(lambda z: row_errors(generator, z, images).sum())(z)
+        velocity = MOMENTUM * velocity + gradient
+        return z - rate * velocity, velocity
+
+    return torch.compile(step, fullgraph=True, dynamic=False)
+
+
+def _pytorch(
+    precision: str, layout: str, make_step: Callable[[nn.Module], Step]
+) -> Callable[[Work, int], Run]:
+    def prepare(work: Work, steps: int) -> Run:
+        network = copy.deepcopy(work.generator).to(PRECISIONS[precision])
+        if layout == "channels_last":
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if precision == "bfloat16":
+            network = _Bfloat16(network)
+        step = make_step(network)
+        images, z0 = rows_of(work)
+        if layout == "channels_last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        # Tensors, so that a compiled step does not specialise on a rate
+        rates = [torch.tensor(rate) for rate in learning_rates(steps)]
+
+        def run() -> torch.Tensor:
+            z, velocity = z0.clone(), torch.zeros_like(z0)
+            for rate in rates:
+                z, velocity = step(z, velocity, images, rate)
+            with torch.no_grad():
+                return row_errors(work.generator, z, images).view(work.z0.shape[:2])
+
+        return run
+
+    return prepare
+
+
+def _jax(work: Work, steps: int) -> Run:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    network = _jax_network(work.generator)
+    images_torch, z0_torch = rows_of(work)
+    images = jnp.asarray(images_torch.permute(0, 2, 3, 1).numpy())  # NHWC is what XLA's CPU kernels want
+    z0 = jnp.asarray(z0_torch.numpy())
+    rates = jnp.asarray(learning_rates(steps), jnp.float32)
+
+    def errors(z: Any, images: Any) -> Any:
+        return jnp.square(network(z) - images).mean((1, 2, 3))
+
+    @jax.jit
+    def project(z: Any, images: Any, rates: Any) -> Any:
+        def step(state: Any, rate: Any) -> Any:
+            z, velocity = state
+            velocity = MOMENTUM * velocity + jax.grad(lambda z: errors(z, images).sum())(z)
+            return (z - rate * velocity, velocity), None
+
+        (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), rates)
+        return errors(z, images)
+
+    def run() -> torch.Tensor:
+        found = project(z0, images, rates).block_until_ready()
+        return torch.from_numpy(np.array(found)).view(work.z0.shape[:2])
+
+    return run
+
+
+def _jax_network(generator: nn.Module) -> Callable[[Any], Any]:
+    """The generator as a JAX function [N, k] -> [N, H, W, C].
+
+    Raises:
+        Unavailable: a layer that this translation does not know.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    layers: list[Callable[[Any], Any]] = []
+
+    def linear(layer: nn.Linear) -> Callable[[Any], Any]:
+        weight, bias = jnp.asarray(layer.weight.t().numpy()), jnp.asarray(layer.bias.numpy())
+        return lambda x: x @ weight + bias
+
+    def unflatten(layer: nn.Unflatten) -> Callable[[Any], Any]:
+        shape = tuple(layer.unflattened_size)
+        return lambda x: x.reshape(x.shape[0], *shape).transpose(0, 2, 3, 1)
+
+    def transposed(layer: nn.ConvTranspose2d) -> Callable[[Any], Any]:
+        weight = jnp.asarray(layer.weight.flip(2, 3).permute(2, 3, 0, 1).numpy())
+        bias = 0.0 if layer.bias is None else jnp.asarray(layer.bias.numpy())
+        stride = (layer.stride[0], layer.stride[1])
+        padding = []
+        for axis in (0, 1):
+            pad = layer.padding[axis]
+            if isinstance(pad, str):
+                raise Unavailable("padding given by name")
+            before = layer.kernel_size[axis] - 1 - pad
+            padding.append((before, before + layer.output_padding[axis]))
+
+        def forward(x: Any) -> Any:
+            return bias + jax.lax.conv_general_dilated(
+                x, weight, (1, 1), padding, lhs_dilation=stride, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        return forward
+
+    for layer in generator.modules():
+        if isinstance(layer, nn.Linear):
+            layers.append(linear(layer))
+        elif isinstance(layer, nn.Unflatten):
+            layers.append(unflatten(layer))
+        elif isinstance(layer, nn.ConvTranspose2d):
+            layers.append(transposed(layer))
+        elif isinstance(layer, nn.ReLU):
+            layers.append(jax.nn.relu)
+        elif isinstance(layer, nn.Sigmoid):
+            layers.append(jax.nn.sigmoid)
+        elif isinstance(layer, nn.Tanh):
+            layers.append(jnp.tanh)
+        elif not list(layer.children()):
+            raise Unavailable(f"no JAX translation of {type(layer).__name__}")
+
+    def network(z: Any) -> Any:
+        for layer in layers:
+            z = layer(z)
+        return z
+
+    return network

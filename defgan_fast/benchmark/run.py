@@ -1,0 +1,250 @@
+"""Times the kernels and their peers on the same problems, in one run and in turns.
+
+A comparison holds only within a run: clocks and neighbours change. So each case is repeated with every
+backend in turn and medians are taken; each backend's errors are compared with the float64 reference before
+it is timed; the load that others put on the machine is recorded with the numbers. A repetition of a peer
+has fewer steps where a step is slow, since its time per step does not depend on their number; the kernels
+run the method's 200 steps up to 100 rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+from torch import nn
+
+from .. import reference
+from ..info import environment
+from . import peers
+from .flops import flop_per_step
+from .generators import latent_size, moving_generator
+from .limits import PRECISIONS, machine_limits
+from .load import DISTURBED, OtherLoad
+
+REPETITIONS = 5
+STEPS = 200  # of the method
+CHECK_STEPS = 5
+CHECK_IMAGES = 10
+# Median over rows of the relative difference of the errors after CHECK_STEPS. float32 rounds by 6e-8 and each
+# step multiplies it by a few; bfloat16 by 4e-3 in every activation, so an error of the first steps moves by
+# some percent in any implementation.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How many images and restarts, in which precision."""
+
+    images: int
+    restarts: int
+    precision: str
+
+
+class Row(TypedDict):
+    """One line of the result. `ratio_to_best_peer` is above 1 where the backend is the faster one."""
+
+    backend: str
+    precision: str
+    images: int
+    restarts: int
+    steps: int
+    threads: int
+    ms_per_step: float
+    ms_per_step_range: tuple[float, float]
+    gflops_useful: float
+    share_of_peak: float | None
+    ratio_to_best_peer: float | None
+
+
+SIZES = [(1, 1), (1, 10), (10, 10), (200, 10)]
+ALL = [Case(images, restarts, precision) for images, restarts in SIZES for precision in PRECISIONS]
+QUICK = [Case(1, 10, "float32"), Case(10, 10, "float32")]
+
+
+def problem(generator: nn.Module, images: int, restarts: int, seed: int = 0) -> peers.Work:
+    """Images that the generator can make, from latents other than the starting points; all from `seed`."""
+    k = latent_size(generator)
+    random = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(images, k, generator=random) / math.sqrt(k)
+    z0 = torch.randn(images, restarts, k, generator=random) / math.sqrt(k)
+    with torch.no_grad():
+        return peers.Work(generator, generator(hidden), z0)
+
+
+def reference_errors(work: peers.Work, steps: int) -> torch.Tensor:
+    """[B, R] final errors in float64 by the specification, from the same starting points."""
+    generator = copy.deepcopy(work.generator).double()
+    rates = peers.learning_rates(steps)
+    return reference.project(generator, work.images.double(), work.z0.double(), rates, peers.MOMENTUM)[1]
+
+
+def check(peer: peers.Peer, work: peers.Work) -> None:
+    """Compares a backend's errors after a few steps with the reference; only the first images are compared.
+
+    Raises:
+        RuntimeError: it computes something else, or the problem does not move.
+    """
+    images = min(CHECK_IMAGES, len(work.images))
+    part = peers.Work(work.generator, work.images[:images], work.z0[:images])
+    before, expected = reference_errors(part, 0), reference_errors(part, CHECK_STEPS)
+    if not expected.median() < 2 / 3 * before.median():
+        raise RuntimeError("the problem does not move: the loss falls by less than a third")
+    found = peer.prepare(work, CHECK_STEPS)()[:images].double()
+    difference = ((found - expected).abs() / expected).median().item()
+    if not difference < TOLERANCE[peer.precision]:
+        raise RuntimeError(
+            f"{peer.name} ({peer.precision}) is not correct and was not timed: after {CHECK_STEPS} steps its "
+            f"errors differ from the reference by {difference:.1e}, expected less than "
+            f"{TOLERANCE[peer.precision]:.0e}"
+        )
+
+
+def measure(
+    cases: Sequence[Case],
+    *,
+    generator_name: str = "mnist",
+    repetitions: int = REPETITIONS,
+    seconds: float = 1.5,
+    steps: int = STEPS,
+    compiled: bool = True,
+) -> dict[str, Any]:
+    """Runs all cases.
+
+    Args:
+        cases: what to measure.
+        generator_name: one of `generators.GENERATORS`.
+        repetitions: timed repetitions of every backend; the median is reported.
+        seconds: how long one repetition of a peer takes, about.
+        steps: of the kernels, up to 100 rows; a tenth of it beyond.
+        compiled: whether `torch.compile` takes part, which compiles for some ten seconds a case.
+
+    Returns:
+        `environment`, `generator`, `flop_per_row_and_step`, `limits`, `other_load` (cores taken by others,
+        the most over all cases), `skipped` (backend -> reason) and `rows`, a list of `Row`.
+    """
+    generator = moving_generator(generator_name)
+    flop = flop_per_step(generator, latent_size(generator))
+    threads = torch.get_num_threads()
+    with OtherLoad() as load:
+        limits = machine_limits(threads)
+    loads = [load.cores]
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    for case in cases:
+        work = problem(generator, case.images, case.restarts)
+        torch.compiler.reset()  # a function compiled for too many shapes is no longer compiled at all
+        candidates = [peers.ours(case.precision)]
+        others = peers.pytorch_peers(compiled) + peers.jax_peers()
+        candidates += [peer for peer in others if peer.precision == case.precision]
+        with OtherLoad() as load:
+            timings = _time_in_turns(candidates, work, repetitions, seconds, steps, skipped)
+        loads.append(load.cores)
+        rows += _rows(case, timings, flop * work.rows, limits[case.precision]["probe"], threads)
+    known = [cores for cores in loads if cores is not None]
+    return {
+        "environment": environment(),
+        "generator": generator_name,
+        "flop_per_row_and_step": flop,
+        "limits": limits,
+        "other_load": max(known) if known else None,
+        "skipped": skipped,
+        "rows": rows,
+    }
+
+
+def disturbance(result: dict[str, Any]) -> str | None:
+    """A warning, where something else ran during the measurement."""
+    cores = result["other_load"]
+    if cores is None or cores <= DISTURBED:
+        return None
+    return f"other processes took {cores:.1f} cores while this ran: the numbers are not to be trusted"
+
+
+@dataclass
+class _Timing:
+    peer: peers.Peer
+    run: peers.Run
+    steps: int
+    seconds: list[float]
+
+
+def _time_in_turns(
+    candidates: Sequence[peers.Peer],
+    work: peers.Work,
+    repetitions: int,
+    seconds: float,
+    steps: int,
+    skipped: dict[str, str],
+) -> list[_Timing]:
+    timings = []
+    for peer in candidates:
+        _say(f"{len(work.images)} x {work.z0.shape[1]} {peer.precision}: {peer.name}")
+        try:
+            check(peer, work)
+        except peers.Unavailable as reason:
+            skipped[peer.name] = str(reason)
+            continue
+        if peer.name.startswith("defgan_fast"):
+            n = steps if work.rows <= 100 else max(1, steps // 10)
+        else:
+            n = _affordable_steps(peer, work, seconds, steps)
+        run = peer.prepare(work, n)
+        run()
+        timings.append(_Timing(peer, run, n, []))
+    for _ in range(repetitions):
+        for timing in timings:
+            start = time.perf_counter()
+            timing.run()
+            timing.seconds.append(time.perf_counter() - start)
+    return timings
+
+
+def _affordable_steps(peer: peers.Peer, work: peers.Work, seconds: float, most: int) -> int:
+    trial = peer.prepare(work, CHECK_STEPS)
+    trial()
+    start = time.perf_counter()
+    trial()
+    per_step = (time.perf_counter() - start) / CHECK_STEPS
+    return max(CHECK_STEPS, min(most, round(seconds / per_step)))
+
+
+def _rows(case: Case, timings: Sequence[_Timing], flop: int, peak: float | None, threads: int) -> list[Row]:
+    milliseconds = [[1e3 * s / timing.steps for s in timing.seconds] for timing in timings]
+    medians = [statistics.median(each) for each in milliseconds]
+    peer_medians = [
+        median
+        for median, timing in zip(medians, timings, strict=True)
+        if not timing.peer.name.startswith("defgan_fast")
+    ]
+    rows: list[Row] = []
+    for timing, each, median in zip(timings, milliseconds, medians, strict=True):
+        gflops = flop / median / 1e6
+        rows.append(
+            {
+                "backend": timing.peer.name,
+                "precision": case.precision,
+                "images": case.images,
+                "restarts": case.restarts,
+                "steps": timing.steps,
+                "threads": threads,
+                "ms_per_step": median,
+                "ms_per_step_range": (min(each), max(each)),
+                "gflops_useful": gflops,
+                "share_of_peak": gflops / peak if peak else None,
+                "ratio_to_best_peer": min(peer_medians) / median if peer_medians else None,
+            }
+        )
+    return rows
+
+
+def _say(message: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{message} ...", end="", file=sys.stderr, flush=True)
