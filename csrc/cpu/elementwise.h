@@ -1,0 +1,312 @@
+// Everything of a step that is not a matrix product, a template over a storage type; included once by each
+// instruction set's file, inside its anonymous namespace and under its target (so the plain loops over the
+// 16 channels of a unit are vectorised for that set).
+
+// exp, accurate to about one unit in the last place over the range that matters here: 2^n * e^r with
+// |r| <= ln(2)/2 and a Taylor polynomial of degree 7, whose remainder is below 6e-9.
+template <class V>
+inline typename V::T exponential(typename V::T x) {
+  using T = typename V::T;
+  x = V::min(V::max(x, V::all(-87.0f)), V::all(88.0f));  // callers restore NaN
+  const T n = V::round(V::mul(x, V::all(1.44269504088896341f)));
+  T r = V::fma(n, V::all(-0.693145751953125f), x);
+  r = V::fma(n, V::all(-1.428606765330187e-06f), r);
+  T p = V::all(1.0f / 5040);
+  p = V::fma(p, r, V::all(1.0f / 720));
+  p = V::fma(p, r, V::all(1.0f / 120));
+  p = V::fma(p, r, V::all(1.0f / 24));
+  p = V::fma(p, r, V::all(1.0f / 6));
+  p = V::fma(p, r, V::all(0.5f));
+  p = V::fma(p, r, V::all(1.0f));
+  p = V::fma(p, r, V::all(1.0f));
+  return V::mul(p, V::power_of_two(n));
+}
+
+template <class V>
+inline typename V::T sigmoid(typename V::T x) {
+  const typename V::T bounded = V::min(V::max(x, V::all(-87.0f)), V::all(87.0f));
+  const typename V::T y = V::div(V::all(1.0f), V::add(V::all(1.0f), exponential<V>(V::sub(V::zero(), bounded))));
+  return V::select_nan(x, x, y);
+}
+
+// Near zero 1 - 2 / (e^2x + 1) cancels, so there an odd polynomial: the Taylor series of tanh up to x^11,
+// whose next term, 0.0036 x^13, is below 7e-8 relative for |x| < 0.4.
+template <class V>
+inline typename V::T hyperbolic_tangent(typename V::T x) {
+  using T = typename V::T;
+  const T x2 = V::mul(x, x);
+  T p = V::all(-1382.0f / 155925);
+  p = V::fma(p, x2, V::all(62.0f / 2835));
+  p = V::fma(p, x2, V::all(-17.0f / 315));
+  p = V::fma(p, x2, V::all(2.0f / 15));
+  p = V::fma(p, x2, V::all(-1.0f / 3));
+  const T small = V::fma(V::mul(p, x2), x, x);
+  const T bounded = V::min(V::max(x, V::all(-20.0f)), V::all(20.0f));
+  const T e = exponential<V>(V::add(bounded, bounded));
+  const T large = V::sub(V::all(1.0f), V::div(V::all(2.0f), V::add(e, V::all(1.0f))));
+  const T y = V::select_positive(V::sub(x2, V::all(0.16f)), large, small);
+  return V::select_nan(x, x, y);
+}
+
+template <class V>
+inline typename V::T activated(typename V::T x, Activation activation, float slope) {
+  if (activation == Activation::kSigmoid) return sigmoid<V>(x);
+  if (activation == Activation::kTanh) return hyperbolic_tangent<V>(x);
+  return V::select_positive(x, x, V::mul(x, V::all(slope)));
+}
+
+// Address of float32 unit u (16 channels) at a place, in a buffer of the storage type.
+template <class S>
+inline char* at(char* units, int u, int64_t place, int64_t places) {
+  constexpr int kPer = S::kChannels / kUnitFloats;
+  return units + ((u / kPer) * places + place) * kUnitBytes + (u % kPer) * (kUnitBytes / kPer);
+}
+template <class S>
+inline const char* at(const char* units, int u, int64_t place, int64_t places) {
+  return at<S>(const_cast<char*>(units), u, place, places);
+}
+
+template <class S>
+struct Elementwise {
+  using V = typename S::V;
+  static constexpr int kLanes = V::kLanes;
+  static constexpr int kBytes = kUnitBytes / S::kChannels;  // of one channel
+
+  static void store_latent(const float* latent, int k, int rows, int unit_begin, int unit_end, char* units) {
+    for (int u = unit_begin; u < unit_end; ++u)
+      for (int row = 0; row < rows; ++row) {
+        float lanes[kUnitFloats] = {};
+        const int count = k - u * kUnitFloats < kUnitFloats ? k - u * kUnitFloats : kUnitFloats;
+        for (int c = 0; c < count; ++c) lanes[c] = latent[int64_t(row) * k + u * kUnitFloats + c];
+        char* d = at<S>(units, u, row, rows);
+        for (int c = 0; c < kUnitFloats; c += kLanes) S::store(d + c * kBytes, V::load(lanes + c));
+      }
+  }
+
+  static void finish_forward(const float* scratch, char* stored, int c0, int c1, int64_t begin, int64_t end,
+                             int64_t places, Activation activation, float slope) {
+    for (int c = c0; c < c1; c += kLanes)
+      for (int64_t p = begin; p < end; ++p) {
+        const float* s = scratch + ((c / kUnitFloats) * places + p) * kUnitFloats + c % kUnitFloats;
+        S::store(at<S>(stored, c / kUnitFloats, p, places) + (c % kUnitFloats) * kBytes,
+                 activated<V>(V::load(s), activation, slope));
+      }
+  }
+
+  static void finish_gradient(const float* scratch, const char* stored, char* delta, const int* order, int c0, int c1,
+                              int64_t begin, int64_t end, int64_t places, Activation activation, float slope) {
+    for (int c = c0; c < c1; c += kLanes)
+      for (int64_t p = begin; p < end; ++p) {
+        const int offset = (c % kUnitFloats) * kBytes;
+        const float* s = scratch + ((c / kUnitFloats) * places + p) * kUnitFloats + c % kUnitFloats;
+        const char* h = at<S>(stored, c / kUnitFloats, p, places) + offset;
+        S::store(at<S>(delta, c / kUnitFloats, order[p], places) + offset,
+                 times_derivative<V>(V::load(s), S::load(h), activation, slope));
+      }
+  }
+
+  static void expand(const char* units, float* wide, int u0, int u1, int64_t places) {
+    for (int u = u0; u < u1; ++u)
+      for (int64_t p = 0; p < places; ++p) {
+        const char* s = at<S>(units, u, p, places);
+        float* d = wide + (u * places + p) * kUnitFloats;
+        for (int c = 0; c < kUnitFloats; c += kLanes) V::store(d + c, S::load(s + c * kBytes));
+      }
+  }
+
+  static void narrow(const float* wide, char* units, int u0, int u1, int64_t places) {
+    for (int u = u0; u < u1; ++u)
+      for (int64_t p = 0; p < places; ++p) {
+        const float* s = wide + (u * places + p) * kUnitFloats;
+        char* d = at<S>(units, u, p, places);
+        for (int c = 0; c < kUnitFloats; c += kLanes) S::store(d + c * kBytes, V::load(s + c));
+      }
+  }
+
+  static void map_forward(const char* source, int source_positions, char* stored, int positions, int rows,
+                          const int* from, const float* scale, const float* shift, int scale_positions, int u0, int u1,
+                          Activation activation, float slope) {
+    const int64_t sources = int64_t(source_positions) * rows, places = int64_t(positions) * rows;
+    for (int u = u0; u < u1; ++u)
+      for (int p = 0; p < positions; ++p) {
+        const int64_t affine = (int64_t(u) * scale_positions + (scale_positions == 1 ? 0 : p)) * kUnitFloats;
+        for (int row = 0; row < rows; ++row) {
+          const char* s = at<S>(source, u, int64_t(from[p]) * rows + row, sources);
+          char* d = at<S>(stored, u, int64_t(p) * rows + row, places);
+          for (int c = 0; c < kUnitFloats; c += kLanes) {
+            const typename V::T x = V::fma(S::load(s + c * kBytes), V::load(scale + affine + c), V::load(shift + affine + c));
+            S::store(d + c * kBytes, activated<V>(x, activation, slope));
+          }
+        }
+      }
+  }
+
+  static void map_backward(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
+                           int rows, const int* to_begin, const int* to, const float* scale, int scale_positions,
+                           int u0, int u1, Activation activation, float slope) {
+    const int64_t sources = int64_t(source_positions) * rows, places = int64_t(positions) * rows;
+    for (int u = u0; u < u1; ++u)
+      for (int i = 0; i < source_positions; ++i)
+        for (int row = 0; row < rows; ++row)
+          for (int c = 0; c < kUnitFloats; c += kLanes) {
+            typename V::T sum = V::zero();
+            for (int t = to_begin[i]; t < to_begin[i + 1]; ++t) {
+              const int o = to[t];
+              const int64_t affine = (int64_t(u) * scale_positions + (scale_positions == 1 ? 0 : o)) * kUnitFloats;
+              const char* d = at<S>(delta, u, int64_t(o) * rows + row, places);
+              sum = V::fma(S::load(d + c * kBytes), V::load(scale + affine + c), sum);
+            }
+            const int64_t place = int64_t(i) * rows + row;
+            if (raw) {
+              V::store(reinterpret_cast<float*>(stored_or_raw) + (u * sources + place) * kUnitFloats + c, sum);
+            } else {
+              char* h = at<S>(stored_or_raw, u, place, sources) + c * kBytes;
+              S::store(h, times_derivative<V>(sum, S::load(h), activation, slope));
+            }
+          }
+  }
+
+  // One channel of one place. Reorders are rare (a latent viewed as a feature map), so element by element.
+  static int64_t element(int64_t e, int positions, int row, int rows) {
+    const int64_t channel = e / positions, place = (e % positions) * rows + row;
+    return ((channel / S::kChannels) * (int64_t(positions) * rows) + place) * kUnitBytes + (channel % S::kChannels) * kBytes;
+  }
+  static void reorder_forward(const char* source, int source_positions, char* stored, int positions, int rows,
+                              int64_t e0, int64_t e1) {
+    for (int64_t e = e0; e < e1; ++e)
+      for (int row = 0; row < rows; ++row)
+        S::put(stored + element(e, positions, row, rows), S::get(source + element(e, source_positions, row, rows)));
+  }
+  static void reorder_backward(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
+                               int rows, int64_t e0, int64_t e1, Activation activation, float slope) {
+    for (int64_t e = e0; e < e1; ++e)
+      for (int row = 0; row < rows; ++row) {
+        const float g = S::get(delta + element(e, positions, row, rows));
+        if (raw) {
+          const int64_t channel = e / source_positions, place = (e % source_positions) * rows + row;
+          reinterpret_cast<float*>(stored_or_raw)[((channel / kUnitFloats) * (int64_t(source_positions) * rows) + place) *
+                                                      kUnitFloats +
+                                                  channel % kUnitFloats] = g;
+          continue;
+        }
+        char* h = stored_or_raw + element(e, source_positions, row, rows);
+        const float y = S::get(h);
+        S::put(h, activation == Activation::kSigmoid ? g * (y - y * y)
+                  : activation == Activation::kTanh  ? g * (1 - y * y)
+                                                     : (y > 0 ? g : g * slope));
+      }
+  }
+
+  static double multiply_adds(int64_t rounds) {
+    typename V::T acc[12];
+    for (int i = 0; i < 12; ++i) acc[i] = V::zero();
+    float values[2][16];
+    for (int i = 0; i < 16; ++i) values[0][i] = values[1][i] = 1e-3f;
+    const typename V::T x = V::load(values[0]), y = V::load(values[1]);
+    for (int64_t r = 0; r < rounds; ++r)
+      for (int unrolled = 0; unrolled < 8; ++unrolled) {
+        DEFGAN_UNROLL(12)
+        for (int i = 0; i < 12; ++i) {
+          acc[i] = S::mac(acc[i], x, y);
+          V::keep(acc[i]);
+        }
+      }
+    float sink[16];
+    for (int i = 0; i < 12; ++i) V::store(sink, acc[i]);
+    return rounds * 8 * 12 * 2.0 * kLanes * (S::kChannels / kUnitFloats) * 1e-9;
+  }
+
+  static void fill(KernelTable& table) {
+    table.store_latent = store_latent;
+    table.finish_forward = finish_forward;
+    table.finish_gradient = finish_gradient;
+    table.expand = expand;
+    table.narrow = narrow;
+    table.map_forward = map_forward;
+    table.map_backward = map_backward;
+    table.reorder_forward = reorder_forward;
+    table.reorder_backward = reorder_backward;
+    table.multiply_adds = multiply_adds;
+  }
+};
+
+// The image side, float32 in every precision.
+template <class V>
+struct Image {
+  static constexpr int kLanes = V::kLanes;
+
+  static void forward(const ImageArgs& g) {
+    for (int row = 0; row < g.rows; ++row) {
+      float* image = g.image + int64_t(row) * g.pixel_stride;
+      const float* columns = g.columns + int64_t(row) * kUnitFloats;
+      const int64_t stride = int64_t(g.rows) * kUnitFloats;
+      for (int p = g.pixel_begin; p < g.pixel_end; ++p) {
+        float sum = g.bias ? g.bias[p] : 0.0f;
+        for (int e = g.entry_begin[p]; e < g.entry_begin[p + 1]; ++e)
+          sum += columns[g.entries[e].place * stride + g.entries[e].lane];
+        image[p] = sum;
+      }
+      // The padding up to the next vector is activated too: what it holds is finite and never read.
+      for (int p = g.pixel_begin; p < g.pixel_end; p += kLanes)
+        V::store(image + p, activated<V>(V::load(image + p), g.activation, g.slope));
+    }
+  }
+
+  static void gradient(const ImageArgs& g) {
+    const typename V::T scale = V::all(2.0f / float(g.pixels));
+    const int64_t stride = int64_t(g.rows) * kUnitFloats;
+    float delta[256];
+    for (int row = 0; row < g.rows; ++row) {
+      const float* image = g.image + int64_t(row) * g.pixel_stride;
+      const float* target = g.target + int64_t(row) * g.pixel_stride;
+      float* gradient = g.gradient + int64_t(row) * kUnitFloats;
+      for (int begin = g.pixel_begin; begin < g.pixel_end; begin += 256) {
+        const int end = begin + 256 < g.pixel_end ? begin + 256 : g.pixel_end;
+        for (int p = begin; p < end; p += kLanes) {
+          const typename V::T y = V::load(image + p);
+          const typename V::T e = V::mul(scale, V::sub(y, V::load(target + p)));
+          V::store(delta + p - begin, times_derivative<V>(e, y, g.activation, g.slope));
+        }
+        for (int p = begin; p < end; ++p)
+          for (int e = g.entry_begin[p]; e < g.entry_begin[p + 1]; ++e)
+            gradient[g.entries[e].place * stride + g.entries[e].lane] = delta[p - begin];
+      }
+    }
+  }
+
+  static float error(const float* image, const float* target, int pixels) {
+    // Sixteen partial sums whatever the vector width, added in a fixed order.
+    float partial[kUnitFloats] = {};
+    int p = 0;
+    for (; p + kUnitFloats <= pixels; p += kUnitFloats)
+      for (int c = 0; c < kUnitFloats; c += kLanes) {
+        const typename V::T e = V::sub(V::load(image + p + c), V::load(target + p + c));
+        V::store(partial + c, V::fma(e, e, V::load(partial + c)));
+      }
+    double sum = 0;
+    for (; p < pixels; ++p) sum += double(image[p] - target[p]) * double(image[p] - target[p]);
+    for (int c = 0; c < kUnitFloats; ++c) sum += double(partial[c]);
+    return float(sum / pixels);
+  }
+
+  static void update(float* latent, float* velocity, const float* gradient_units, int k, int rows, int u0, int u1,
+                     float rate, float momentum) {
+    for (int u = u0; u < u1; ++u)
+      for (int row = 0; row < rows; ++row) {
+        const float* g = gradient_units + (int64_t(u) * rows + row) * kUnitFloats;
+        const int64_t start = int64_t(row) * k + u * kUnitFloats;
+        const int count = k - u * kUnitFloats < kUnitFloats ? k - u * kUnitFloats : kUnitFloats;
+        for (int c = 0; c < count; ++c) {
+          velocity[start + c] = momentum * velocity[start + c] + g[c];
+          latent[start + c] -= rate * velocity[start + c];
+        }
+      }
+  }
+
+  static void fill(ImageKernels& kernels) {
+    kernels.forward = forward;
+    kernels.gradient = gradient;
+    kernels.error = error;
+    kernels.update = update;
+  }
+};

@@ -1,0 +1,177 @@
+// The gather-GEMM micro-kernels, a template over a storage type (see kernels.h); included once by each
+// instruction set's file, inside its anonymous namespace and under its target.
+//
+// One kernel computes a tile of M rows x NR vectors of output channels in registers, over all taps of one
+// output position. Lanes are output channels; every accumulator takes its products in the same order (taps
+// in list order, channels ascending, one fused multiply-add each), so a result's bits do not depend on the
+// tile's shape, on which thread computes it, or on which of the two schedules does.
+//
+// Storage S provides: V (vector type with load, store, broadcast, zero, fma, ...), kChannels (of a unit),
+// mac(acc, dword, weights), load(const char*) and store(char*, v) of V::kLanes channels.
+
+#if defined(__clang__)
+#define DEFGAN_UNROLL(n) _Pragma("unroll")
+#else
+#define DEFGAN_PRAGMA(x) _Pragma(#x)
+#define DEFGAN_UNROLL(n) DEFGAN_PRAGMA(GCC unroll n)
+#endif
+
+// Bytes from a tile's first channel to its n-th vector, in units of `channels` channels.
+template <class V, int kChannels>
+inline int64_t vector_offset(int n, int64_t unit_stride) {
+  const int channel = n * V::kLanes;
+  return (channel / kChannels) * unit_stride + (channel % kChannels) * (kUnitBytes / kChannels);
+}
+
+// derivative of the activation from its stored output, times the incoming gradient
+template <class V>
+inline typename V::T times_derivative(typename V::T gradient, typename V::T stored, Activation activation,
+                                      float slope) {
+  if (activation == Activation::kSigmoid)
+    return V::mul(gradient, V::sub(stored, V::mul(stored, stored)));
+  if (activation == Activation::kTanh) return V::mul(gradient, V::sub(V::all(1.0f), V::mul(stored, stored)));
+  return V::select_positive(stored, gradient, V::mul(gradient, V::all(slope)));
+}
+
+template <class S, int M, int NR, Epilogue E>
+void gemm_kernel(const GemmArgs& g) {
+  using V = typename S::V;
+  typename V::T acc[M][NR];
+  DEFGAN_UNROLL(16)
+  for (int n = 0; n < NR; ++n) {
+    const typename V::T start = g.bias ? V::load(g.bias + n * V::kLanes) : V::zero();
+    DEFGAN_UNROLL(16)
+    for (int m = 0; m < M; ++m) acc[m][n] = start;
+  }
+  constexpr int kPanelVectors = NR == 1 ? 1 : 2;
+  constexpr int kStepBytes = kPanelVectors * V::kLanes * 4;
+  for (int t = 0; t < g.tap_count; ++t) {
+    const char* a = g.source + g.taps[t].source * g.position_stride;
+    const char* w = g.weights + g.taps[t].matrix * g.matrix_stride;
+    for (int left = g.steps; left > 0; left -= kUnitFloats, a += g.unit_stride) {
+      const auto step = [&](int k) __attribute__((always_inline)) {
+        typename V::T b[NR];
+        DEFGAN_UNROLL(16)
+        for (int n = 0; n < NR; ++n)
+          b[n] = V::load(reinterpret_cast<const float*>(w + (n / 2) * g.panel_stride) + (n % 2) * V::kLanes);
+        DEFGAN_UNROLL(16)
+        for (int m = 0; m < M; ++m) {
+          const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a + m * kUnitBytes) + k);
+          DEFGAN_UNROLL(16)
+          for (int n = 0; n < NR; ++n) acc[m][n] = S::mac(acc[m][n], x, b[n]);
+        }
+        w += kStepBytes;
+      };
+      if (left >= kUnitFloats) {
+        DEFGAN_UNROLL(4)
+        for (int k = 0; k < kUnitFloats; ++k) step(k);
+      } else {
+        for (int k = 0; k < left; ++k) step(k);
+      }
+    }
+  }
+  DEFGAN_UNROLL(16)
+  for (int m = 0; m < M; ++m) {
+    char* row = g.destination + m * kUnitBytes;
+    DEFGAN_UNROLL(16)
+    for (int n = 0; n < NR; ++n) {
+      if constexpr (E == Epilogue::kRaw) {
+        V::store(reinterpret_cast<float*>(row + vector_offset<V, kUnitFloats>(n, g.destination_unit_stride)),
+                 acc[m][n]);
+      } else {
+        char* d = row + vector_offset<V, S::kChannels>(n, g.destination_unit_stride);
+        if constexpr (E == Epilogue::kActivate)
+          S::store(d, V::select_positive(acc[m][n], acc[m][n], V::mul(acc[m][n], V::all(g.slope))));
+        else
+          S::store(d, times_derivative<V>(acc[m][n], S::load(d), g.activation, g.slope));
+      }
+    }
+  }
+}
+
+// Y segments of X neighbouring positions, one tap, one row; accumulates in float32.
+template <class S, int Y, int X, int NR>
+void tap_kernel(const TapArgs& g) {
+  using V = typename S::V;
+  typename V::T acc[Y * X][NR];
+  DEFGAN_UNROLL(16)
+  for (int m = 0; m < Y * X; ++m) {
+    const char* d = g.destination[m / X] + (m % X) * g.destination_step;
+    DEFGAN_UNROLL(16)
+    for (int n = 0; n < NR; ++n)
+      acc[m][n] =
+          V::load(reinterpret_cast<const float*>(d + vector_offset<V, kUnitFloats>(n, g.destination_unit_stride)));
+  }
+  const char* w = g.weights;
+  const char* a[Y];
+  DEFGAN_UNROLL(4)
+  for (int y = 0; y < Y; ++y) a[y] = g.source[y];
+  for (int left = g.steps; left > 0; left -= kUnitFloats) {
+    const auto step = [&](int k) __attribute__((always_inline)) {
+      typename V::T b[NR];
+      DEFGAN_UNROLL(16)
+      for (int n = 0; n < NR; ++n) b[n] = V::load(reinterpret_cast<const float*>(w) + n * V::kLanes);
+      DEFGAN_UNROLL(16)
+      for (int m = 0; m < Y * X; ++m) {
+        const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a[m / X] + (m % X) * kUnitBytes) + k);
+        DEFGAN_UNROLL(16)
+        for (int n = 0; n < NR; ++n) acc[m][n] = S::mac(acc[m][n], x, b[n]);
+      }
+      w += NR * V::kLanes * 4;
+    };
+    if (left >= kUnitFloats) {
+      DEFGAN_UNROLL(4)
+      for (int k = 0; k < kUnitFloats; ++k) step(k);
+    } else {
+      for (int k = 0; k < left; ++k) step(k);
+    }
+    DEFGAN_UNROLL(4)
+    for (int y = 0; y < Y; ++y) a[y] += g.unit_stride;
+  }
+  DEFGAN_UNROLL(16)
+  for (int m = 0; m < Y * X; ++m) {
+    char* d = g.destination[m / X] + (m % X) * g.destination_step;
+    DEFGAN_UNROLL(16)
+    for (int n = 0; n < NR; ++n)
+      V::store(reinterpret_cast<float*>(d + vector_offset<V, kUnitFloats>(n, g.destination_unit_stride)), acc[m][n]);
+  }
+}
+
+// Fills a table with every tile that fits the register file: kRows rows of one panel, and so on.
+template <class S, int kRows1, int kRows2, int kRows4>
+struct Tiles {
+  template <int kGroup, int NR, int M>
+  static void rows(KernelTable& table) {
+    if constexpr (M > 0) {
+      table.gemm[0][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kRaw>;
+      table.gemm[1][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kActivate>;
+      table.gemm[2][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kGradient>;
+      rows<kGroup, NR, M - 1>(table);
+    }
+  }
+  template <int Y, int X>
+  static void rectangles(KernelTable& table) {
+    if constexpr (X > 0) {
+      if constexpr (Y * X <= kRows1) {
+        table.tap[0][Y][X] = tap_kernel<S, Y, X, 1>;
+        table.tap[1][Y][X] = tap_kernel<S, Y, X, 2>;
+      }
+      rectangles<Y, X - 1>(table);
+    }
+  }
+  static void fill(KernelTable& table) {
+    table.lanes = S::V::kLanes;
+    table.unit_channels = S::kChannels;
+    table.max_rows[0] = table.max_rows[1] = kRows1;
+    table.max_rows[2] = kRows2;
+    table.max_rows[3] = kRows4;
+    rows<0, 1, kRows1>(table);
+    rows<1, 2, kRows1>(table);
+    rows<2, 4, kRows2>(table);
+    rows<3, 8, kRows4>(table);
+    rectangles<1, kRows1>(table);
+    rectangles<2, kRows1>(table);
+    rectangles<3, kRows1>(table);
+    rectangles<4, kRows1>(table);
+  }
+};

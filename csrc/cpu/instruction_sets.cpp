@@ -1,0 +1,51 @@
+#include "instruction_sets.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace defgan::cpu {
+
+std::vector<std::string> supported_instruction_sets() {
+  std::vector<std::string> names = {"baseline"};
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    names.push_back("avx2");
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      names.push_back("avx512");
+      if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+    }
+  }
+#endif
+  return names;
+}
+
+const InstructionSet& instruction_set(const std::string& name) {
+  std::string known;
+  for (const std::string& supported : supported_instruction_sets()) {
+    known += (known.empty() ? "" : ", ") + supported;
+    if (supported != name) continue;
+#if defined(__x86_64__)
+    if (name == "avx2") return avx2_kernels();
+    if (name == "avx512") return avx512_kernels();
+    if (name == "avx512_bf16") return avx512_bf16_kernels();
+#endif
+    return baseline_kernels();
+  }
+  throw std::invalid_argument("instruction set must be one of " + known + " on this machine, got '" + name + "'");
+}
+
+const InstructionSet& active_instruction_set() {
+  static const InstructionSet& best = instruction_set(supported_instruction_sets().back());
+  const char* forced = std::getenv("DEFGAN_CPU_ISA");
+  if (forced == nullptr || *forced == 0) return best;
+  try {
+    return instruction_set(forced);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string("DEFGAN_CPU_ISA: ") + error.what());
+  }
+}
+
+}  // namespace defgan::cpu

@@ -1,0 +1,28 @@
+// Which instruction sets this build holds and this machine can run; one is chosen per process, once.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace defgan::cpu {
+
+// Each builds its table on first call, in code that may use the set: call only where the machine has it.
+const InstructionSet& baseline_kernels();
+#if defined(__x86_64__)
+const InstructionSet& avx2_kernels();
+const InstructionSet& avx512_kernels();
+const InstructionSet& avx512_bf16_kernels();
+#endif
+
+// Those that this machine can run, best last: "baseline", "avx2", "avx512", "avx512_bf16".
+std::vector<std::string> supported_instruction_sets();
+
+// The named set; throws std::invalid_argument where the machine cannot run it or the name is unknown.
+const InstructionSet& instruction_set(const std::string& name);
+
+// The one in use: $DEFGAN_CPU_ISA, else the best. Read at each call, so that tests can force each in turn.
+const InstructionSet& active_instruction_set();
+
+}  // namespace defgan::cpu

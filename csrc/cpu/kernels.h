@@ -1,0 +1,143 @@
+// What the instruction-set specific files export: one table of function pointers per storage type.
+//
+// Storage. A "unit" is 64 bytes of channels of one (position, row): 16 float32 or 32 bfloat16, whatever
+// the vector width. A buffer is [unit][position][row][64 bytes]; the (position, row) pairs are called
+// places. Both types share every line of code but the multiply-add and the load and store of channels.
+//
+// Columns. Weights come in panels of two vectors of output channels (the last may be one vector), each
+// panel laid out in the order of consumption: [matrix][channel step][vectors][vector]. A step is one
+// float32 channel or one pair of bfloat16 channels: one dword, broadcast to all lanes.
+#pragma once
+
+#include <cstdint>
+
+#include "../plan.h"
+
+namespace defgan::cpu {
+
+constexpr int kUnitBytes = 64;
+constexpr int kUnitFloats = 16;
+constexpr int kMaxTileRows = 14;      // of any kernel
+constexpr int kMaxTileSegments = 4;   // lines of positions in one tile of the tap schedule
+constexpr int kGroupPanels[] = {0, 1, 2, 4};  // panels in one kernel's tile; entry 0 is the one-vector tail
+constexpr int kGroups = 4;
+
+struct Tap {
+  int32_t source;  // position
+  int32_t matrix;
+};
+
+enum class Epilogue { kRaw, kActivate, kGradient };
+constexpr int kEpilogues = 3;
+
+// destination[row][channels] = epilogue(bias + sum over taps of source[tap.source][row][:] * weights[tap.matrix])
+struct GemmArgs {
+  const char* source;
+  int64_t position_stride, unit_stride;  // bytes
+  const Tap* taps;
+  int tap_count;
+  int steps;  // dwords of channels of the source
+  const char* weights;
+  int64_t matrix_stride, panel_stride;  // bytes
+  char* destination;                    // kRaw: float32 units; else units of the storage type
+  int64_t destination_unit_stride;
+  const float* bias;  // nullptr: zeros
+  Activation activation;
+  float slope;
+};
+using GemmKernel = void (*)(const GemmArgs&);
+
+// One tap over a rectangle of positions of a single row, accumulated into float32 units.
+struct TapArgs {
+  const char* source[kMaxTileSegments];  // contiguous positions
+  char* destination[kMaxTileSegments];
+  int64_t destination_step;  // bytes between neighbouring positions of a segment
+  int64_t unit_stride, destination_unit_stride;
+  int steps;
+  const char* weights;
+};
+using TapKernel = void (*)(const TapArgs&);
+
+struct KernelTable {
+  const char* name;
+  int lanes;                 // dwords of one vector; a panel is two of them
+  int unit_channels;         // 16 or 32
+  int max_rows[kGroups];     // of a tile with that many panels
+  GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];
+  TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];  // [one vector, one panel][segments][positions]
+
+  // Units below are float32 units (16 channels) unless they are said to be of the storage type.
+
+  // latent [row][k] float32 -> units of the storage type, channels [16 * unit_begin, 16 * unit_end).
+  void (*store_latent)(const float* latent, int k, int rows, int unit_begin, int unit_end, char* units);
+
+  // stored = activation(scratch): channels [c0, c1), multiples of `lanes`, of the given places out of `places`.
+  void (*finish_forward)(const float* scratch, char* stored, int c0, int c1, int64_t begin, int64_t end,
+                         int64_t places, Activation activation, float slope);
+
+  // delta[order[p]] = scratch[p] * activation'(stored[p]), likewise.
+  void (*finish_gradient)(const float* scratch, const char* stored, char* delta, const int* order, int c0, int c1,
+                          int64_t begin, int64_t end, int64_t places, Activation activation, float slope);
+
+  // Units of the storage type <-> float32 units, float32 units [u0, u1).
+  void (*expand)(const char* units, float* wide, int u0, int u1, int64_t places);
+  void (*narrow)(const float* wide, char* units, int u0, int u1, int64_t places);
+
+  // Affine map. scale and shift are [unit][scale_positions][16] with scale_positions 1 or `positions`.
+  // Forward: stored[o] = activation(scale * source[from[o]] + shift).
+  void (*map_forward)(const char* source, int source_positions, char* stored, int positions, int rows,
+                      const int* from, const float* scale, const float* shift, int scale_positions, int u0, int u1,
+                      Activation activation, float slope);
+  // Backward: gradient[i] = sum over o with from[o] == i of scale * delta[o], times activation'(stored[i]) where
+  // stored is given (then written over it, as the storage type), else raw float32 units.
+  void (*map_backward)(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
+                       int rows, const int* to_begin, const int* to, const float* scale, int scale_positions, int u0,
+                       int u1, Activation activation, float slope);
+  // The same elements in NCHW order under another shape; [e0, e1) in that order.
+  void (*reorder_forward)(const char* source, int source_positions, char* stored, int positions, int rows, int64_t e0,
+                          int64_t e1);
+  void (*reorder_backward)(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
+                           int rows, int64_t e0, int64_t e1, Activation activation, float slope);
+
+  // GFLOP of `rounds` register-only multiply-adds (the machine's limit when timed).
+  double (*multiply_adds)(int64_t rounds);
+};
+
+// The image side, always float32. A pixel is the sum of the elements of `columns` that its entries name.
+struct PixelEntry {
+  int32_t place;  // in units of rows: float offset (place * rows + row) * 16 + lane
+  int32_t lane;
+};
+struct ImageArgs {
+  const float* columns;    // float32 units
+  float* gradient;         // float32 units of the same geometry: each entry gets its pixel's delta
+  const int* entry_begin;  // per pixel
+  const PixelEntry* entries;
+  const float* bias;  // per pixel, or nullptr
+  const float* target;
+  float* image;     // [row][pixel_stride]: the activated output
+  int pixel_stride;  // multiple of 16; pixels beyond `pixels` are padding
+  int pixels;
+  int rows;
+  int pixel_begin, pixel_end;  // pixel_begin a multiple of 16
+  Activation activation;
+  float slope;
+};
+
+struct ImageKernels {
+  void (*forward)(const ImageArgs&);                        // columns -> image
+  void (*gradient)(const ImageArgs&);                       // image, target -> gradient (scaled by 2 / pixels)
+  float (*error)(const float* image, const float* target, int pixels);  // mean squared error of one row
+  // One momentum step: velocity = momentum * velocity + gradient; latent -= rate * velocity; units [u0, u1).
+  void (*update)(float* latent, float* velocity, const float* gradient_units, int k, int rows, int u0, int u1,
+                 float rate, float momentum);
+};
+
+struct InstructionSet {
+  const char* name;
+  const KernelTable* float32;
+  const KernelTable* bfloat16;
+  const ImageKernels* image;
+};
+
+}  // namespace defgan::cpu

@@ -1,0 +1,113 @@
+// A plan with its weights packed for one instruction set and precision: everything of a projection that
+// does not depend on images or latents. Immutable once built; shared by threads and kept in a cache.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "instruction_sets.h"
+
+namespace defgan::cpu {
+
+enum class Precision { kFloat32, kBfloat16 };
+
+// 64-byte aligned, zeroed.
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes);
+  char* data() const { return data_.get(); }
+  float* floats() const { return reinterpret_cast<float*>(data_.get()); }
+  size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t size_ = 0;
+};
+
+// A run of links in one dimension with equal steps: one tap over neighbouring positions.
+struct Run {
+  int set, source, destination, count, source_step, destination_step;
+};
+
+// One layer in one direction as a gather-GEMM.
+struct Gemm {
+  const KernelTable* table = nullptr;
+  int source_positions = 0, destination_positions = 0;
+  int source_channels = 0, destination_channels = 0;
+  int matrices = 0;
+  std::vector<int> tap_begin;  // per destination position, and one more
+  std::vector<Tap> taps;
+  std::vector<int> order;  // destination positions, those of one phase together, so that a panel stays in cache
+
+  // The tap schedule of a single row; empty where the layer does not suit it.
+  std::vector<Run> vertical, horizontal;
+  int horizontal_sets = 0;
+  int source_width = 0, destination_width = 0;
+  int phases = 1;  // of the source along x: positions are read in phase order, so that a run is contiguous
+
+  int steps = 0;      // dwords of source channels
+  int panels = 0;     // full ones
+  int tail = 0;       // 1 if a panel of one vector follows
+  int64_t matrix_stride = 0, tail_matrix_stride = 0, panel_stride = 0;
+  Buffer weights;
+  std::vector<float> bias;        // empty for gradients; padded to whole panels
+  int64_t bias_position_stride = 0;  // 0: the same bias at every position
+
+  bool has_tap_schedule() const { return !horizontal.empty(); }
+  const char* panel(int index) const { return weights.data() + index * panel_stride; }
+};
+
+// The affine map of a kMap layer.
+struct Map {
+  std::vector<int> from, to_begin, to;
+  std::vector<float> scale, shift;  // [unit][scale_positions][16]
+  int scale_positions = 1;
+};
+
+struct PackedLayer {
+  Layer layer;
+  float slope = 1;  // of the ReLU family, 1 for the identity
+  Gemm forward, backward;
+  Map map;
+  std::vector<int> gradient_order;  // of a single row: where `backward` wants the gradient of each output position
+};
+
+struct PackedGenerator {
+  Plan plan;
+  Precision precision = Precision::kFloat32;
+  const InstructionSet* set = nullptr;
+  std::vector<PackedLayer> layers;  // all but the last in `precision`
+  // All layers in float32: shares the last with `layers`; where precision is bfloat16 it also evaluates the
+  // final error and decodes. nullptr where it is this very object.
+  std::shared_ptr<const PackedGenerator> exact;
+
+  // The image is read from `image_places` x rows units that the last layer leaves: the output itself, or, where
+  // the image has few channels, one column for every (tap, channel) of an input position.
+  bool columns = false;
+  int image_places = 0, image_units = 0;
+  std::vector<int> entry_begin;
+  std::vector<PixelEntry> entries;
+  std::vector<float> pixel_bias;
+
+  int pixels() const { return int(plan.image.elements()); }
+  int pixel_stride() const { return (pixels() + 15) / 16 * 16; }
+  const PackedGenerator& float32() const { return exact ? *exact : *this; }
+  size_t bytes() const;
+};
+
+struct Parameter {
+  const float* data;
+  int64_t elements;
+};
+
+// Checks the parameters against the plan and packs both directions.
+std::shared_ptr<const PackedGenerator> pack(const Plan& plan, const std::vector<Parameter>& parameters,
+                                            const InstructionSet& set, Precision precision);
+
+}  // namespace defgan::cpu

@@ -1,0 +1,551 @@
+// A team of threads takes a block of rows through all steps. With many rows every thread is a team of its
+// own and nobody waits; a few rows are shared by a larger team, layer by layer, with a barrier between.
+//
+// Two schedules for a layer (the same sums in the same order, so the same bits):
+//   row schedule, two rows or more: a tile is the block's rows at one output position, all taps in the kernel;
+//   tap schedule, one row: a tile is up to 14 output positions, one tap after the other, sums in scratch.
+// A stored activation is overwritten by its gradient in the row schedule; the tap schedule writes gradients
+// to buffers of their own, in the order of positions that the next layer down reads contiguously.
+#include "projection.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "team.h"
+
+namespace defgan::cpu {
+namespace {
+
+constexpr int64_t kWorkingMemory = 200 << 20;
+
+int64_t units_of(int channels, int unit_channels) { return (channels + unit_channels - 1) / unit_channels; }
+
+int64_t buffer_bytes(const Shape& shape, int rows) {  // float32 units; bfloat16 needs no more
+  return units_of(shape.c, kUnitFloats) * shape.positions() * rows * kUnitBytes;
+}
+
+// One block's buffers; row counts vary, the capacity does not.
+struct Workspace {
+  int capacity, rows = 0;
+  Buffer latent, velocity, gradient, start_units, image, target, columns, image_gradient, wide, scratch;
+  std::vector<Buffer> stored, delta;
+
+  Workspace(const PackedGenerator& g, int capacity) : capacity(capacity) {
+    const Plan& plan = g.plan;
+    const int k = plan.latent_size();
+    latent = Buffer(size_t(capacity) * k * 4);
+    velocity = Buffer(size_t(capacity) * k * 4);
+    gradient = Buffer(size_t(buffer_bytes({k, 1, 1}, capacity)));
+    start_units = Buffer(size_t(buffer_bytes({k, 1, 1}, capacity)));
+    image = Buffer(size_t(capacity) * g.pixel_stride() * 4);
+    target = Buffer(size_t(capacity) * g.pixel_stride() * 4);
+    const int places = std::max(g.image_places, g.float32().image_places);
+    const int units = std::max(g.image_units, g.float32().image_units);
+    columns = Buffer(size_t(places) * units * capacity * kUnitBytes);
+    image_gradient = Buffer(size_t(places) * units * capacity * kUnitBytes);
+    if (g.exact) wide = Buffer(size_t(buffer_bytes(plan.layers.back().in, capacity)));
+    int64_t scratch_bytes = 0;
+    for (size_t n = 0; n + 1 < plan.layers.size(); ++n) {
+      const Layer& l = plan.layers[n];
+      stored.emplace_back(size_t(buffer_bytes(l.out, capacity)));
+      delta.emplace_back(size_t(buffer_bytes(l.out, 1)));
+      const bool transcendental = l.activation == Activation::kSigmoid || l.activation == Activation::kTanh;
+      scratch_bytes = std::max(scratch_bytes, buffer_bytes(l.out, transcendental ? capacity : 1));
+    }
+    scratch = Buffer(size_t(scratch_bytes));
+  }
+
+  // Padding channels are never written, and may be read against weights of zero: they must not hold what
+  // another row count left there.
+  void prepare(int next_rows) {
+    if (next_rows == rows) return;
+    rows = next_rows;
+    for (std::vector<Buffer>* list : {&stored, &delta})
+      for (Buffer& b : *list) std::memset(b.data(), 0, b.size());
+    for (Buffer* b : {&start_units, &image_gradient, &wide, &gradient, &target})
+      if (b->data()) std::memset(b->data(), 0, b->size());
+  }
+};
+
+int64_t workspace_bytes(const PackedGenerator& g, int rows) {
+  const Plan& plan = g.plan;
+  int64_t total = 4 * buffer_bytes({plan.latent_size(), 1, 1}, rows) + int64_t(2) * g.pixel_stride() * rows * 4;
+  total += int64_t(2) * g.image_places * g.image_units * rows * kUnitBytes;
+  for (const Layer& l : plan.layers) total += buffer_bytes(l.out, rows);
+  return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
+}
+
+class Block {
+ public:
+  Block(const PackedGenerator& generator, Workspace& workspace, const Member& member)
+      : g_(generator), w_(workspace), me_(member), image_(*generator.set->image) {}
+
+  void project(const ProjectArgs& args, int64_t first, int rows) {
+    const int k = g_.plan.latent_size(), pixels = g_.pixels(), stride = g_.pixel_stride();
+    if (me_.id == 0) {
+      w_.prepare(rows);
+      for (int row = 0; row < rows; ++row) {
+        const int64_t image = (first + row) / args.restarts, restart = (first + row) % args.restarts;
+        const int64_t start = (args.start_per_image ? image * args.restarts : 0) + restart;
+        std::memcpy(w_.latent.floats() + int64_t(row) * k, args.start + start * k, size_t(k) * 4);
+        std::memcpy(w_.target.floats() + int64_t(row) * stride, args.images + image * pixels, size_t(pixels) * 4);
+      }
+      std::memset(w_.velocity.data(), 0, w_.velocity.size());
+    }
+    me_.meet();
+    rows_ = rows;
+    int64_t u0, u1;
+    me_.share(units_of(k, kUnitFloats), &u0, &u1);
+    store_latent(g_, int(u0), int(u1));
+    for (int step = 0; step < args.steps; ++step) {
+      forward(g_);
+      ImageArgs image = image_args(g_);
+      if (image.pixel_begin < image.pixel_end) image_.gradient(image);
+      me_.meet();
+      backward();
+      image_.update(w_.latent.floats(), w_.velocity.floats(), w_.gradient.floats(), k, rows, int(u0), int(u1),
+                    args.rates[step], args.momentum);
+      if (step + 1 < args.steps) store_latent(g_, int(u0), int(u1));
+    }
+    // The error that picks the restart is that of the exact generator.
+    store_latent(g_.float32(), int(u0), int(u1));
+    forward(g_.float32());
+    me_.meet();
+    for (int row = me_.id; row < rows; row += me_.size)
+      args.errors[first + row] = image_.error(w_.image.floats() + int64_t(row) * stride,
+                                              w_.target.floats() + int64_t(row) * stride, pixels);
+    if (me_.id == 0) std::memcpy(args.latents + first * k, w_.latent.data(), size_t(rows) * k * 4);
+    me_.meet();
+  }
+
+  void decode(const float* latents, float* images, int64_t first, int rows) {
+    const int k = g_.plan.latent_size(), pixels = g_.pixels();
+    if (me_.id == 0) {
+      w_.prepare(rows);
+      std::memcpy(w_.latent.data(), latents + first * k, size_t(rows) * k * 4);
+    }
+    me_.meet();
+    rows_ = rows;
+    int64_t u0, u1;
+    me_.share(units_of(k, kUnitFloats), &u0, &u1);
+    store_latent(g_.float32(), int(u0), int(u1));
+    forward(g_.float32());
+    me_.meet();
+    if (me_.id == 0)
+      for (int row = 0; row < rows; ++row)
+        std::memcpy(images + (first + row) * pixels, w_.image.floats() + int64_t(row) * g_.pixel_stride(),
+                    size_t(pixels) * 4);
+    me_.meet();
+  }
+
+ private:
+  const PackedGenerator& g_;
+  Workspace& w_;
+  const Member& me_;
+  const ImageKernels& image_;
+  int rows_ = 0;
+
+  // What follows a tile of raw sums in scratch.
+  struct Finish {
+    enum { kNothing, kForward, kGradient } what = kNothing;
+    char* stored = nullptr;
+    char* delta = nullptr;
+    const int* order = nullptr;
+    const KernelTable* table = nullptr;
+    Activation activation = Activation::kIdentity;
+    float slope = 1;
+    int64_t places = 0;
+    void operator()(const float* scratch, int c0, int c1, int64_t begin, int64_t end) const {
+      if (what == kForward) table->finish_forward(scratch, stored, c0, c1, begin, end, places, activation, slope);
+      if (what == kGradient)
+        table->finish_gradient(scratch, stored, delta, order, c0, c1, begin, end, places, activation, slope);
+    }
+  };
+
+  static const KernelTable* table_of(const PackedGenerator& g) {
+    return g.precision == Precision::kBfloat16 ? g.set->bfloat16 : g.set->float32;
+  }
+
+  // The last layer is always float32, so a generator of one layer reads its latent as float32.
+  static const KernelTable* latent_table(const PackedGenerator& g) {
+    return g.layers.size() == 1 ? g.set->float32 : table_of(g);
+  }
+
+  void store_latent(const PackedGenerator& g, int u0, int u1) {
+    if (u0 < u1)
+      latent_table(g)->store_latent(w_.latent.floats(), g.plan.latent_size(), rows_, u0, u1, w_.start_units.data());
+    me_.meet();
+  }
+
+  ImageArgs image_args(const PackedGenerator& g) const {
+    ImageArgs a{};
+    a.columns = w_.columns.floats();
+    a.gradient = w_.image_gradient.floats();
+    a.entry_begin = g.entry_begin.data();
+    a.entries = g.entries.data();
+    a.bias = g.pixel_bias.empty() ? nullptr : g.pixel_bias.data();
+    a.target = w_.target.floats();
+    a.image = w_.image.floats();
+    a.pixel_stride = g.pixel_stride();
+    a.pixels = g.pixels();
+    a.rows = rows_;
+    int64_t begin, end;
+    me_.share(a.pixels, &begin, &end, kUnitFloats);
+    a.pixel_begin = int(begin);
+    a.pixel_end = int(end);
+    a.activation = g.plan.layers.back().activation;
+    a.slope = g.layers.back().slope;
+    return a;
+  }
+
+  // latent -> image; on return every thread has its own pixels, nobody has met yet.
+  void forward(const PackedGenerator& g) {
+    const size_t last = g.layers.size() - 1;
+    const char* source = w_.start_units.data();
+    for (size_t n = 0; n < last; ++n) {
+      const PackedLayer& p = g.layers[n];
+      char* stored = w_.stored[n].data();
+      if (p.layer.kind == Kind::kMap) {
+        map_forward(table_of(g), p, source, stored, p.layer.activation, p.slope);
+      } else if (p.layer.kind == Kind::kReorder) {
+        reorder_forward(table_of(g), p, source, stored);
+      } else {
+        Finish finish;
+        finish.stored = stored;
+        finish.table = p.forward.table;
+        finish.activation = p.layer.activation;
+        finish.slope = p.slope;
+        finish.places = int64_t(p.layer.out.positions()) * rows_;
+        const bool transcendental = p.layer.activation == Activation::kSigmoid || p.layer.activation == Activation::kTanh;
+        if (rows_ == 1 && p.forward.has_tap_schedule()) {
+          finish.what = Finish::kForward;
+          tap_schedule(p.forward, source, finish);
+        } else if (transcendental) {
+          finish.what = Finish::kForward;
+          row_schedule(p.forward, Epilogue::kRaw, source, rows_, w_.scratch.data(), finish);
+        } else {
+          row_schedule(p.forward, Epilogue::kActivate, source, rows_, stored, finish);
+        }
+      }
+      me_.meet();
+      source = stored;
+    }
+    const PackedLayer& p = g.layers[last];
+    if (last > 0 && g.precision == Precision::kBfloat16) {
+      const int64_t places = int64_t(p.layer.in.positions()) * rows_;
+      int64_t u0, u1;
+      me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
+      table_of(g)->expand(source, w_.wide.floats(), int(u0), int(u1), places);
+      me_.meet();
+      source = w_.wide.data();
+    }
+    char* columns = w_.columns.data();
+    if (p.layer.kind == Kind::kMap) map_forward(g.set->float32, p, source, columns, Activation::kIdentity, 1.0f);
+    else if (p.layer.kind == Kind::kReorder) reorder_forward(g.set->float32, p, source, columns);
+    else row_schedule(p.forward, Epilogue::kRaw, source, g.columns ? g.image_places * rows_ : rows_, columns, Finish());
+    me_.meet();
+    const ImageArgs image = image_args(g);
+    if (image.pixel_begin < image.pixel_end) image_.forward(image);
+  }
+
+  // The image's gradient -> the latent's, in w_.gradient.
+  void backward() {
+    const PackedGenerator& g = g_;
+    const size_t last = g.layers.size() - 1;
+    for (size_t n = last + 1; n-- > 0;) {
+      const PackedLayer& p = g.layers[n];
+      const bool narrow = n == last && last > 0 && g.precision == Precision::kBfloat16;
+      const bool flat = n == last && g.columns;
+      const char* source = n == last    ? w_.image_gradient.data()
+                           : rows_ == 1 ? w_.delta[n].data()
+                                        : w_.stored[n].data();
+      const KernelTable* table = n == last ? g.set->float32 : table_of(g);
+      Finish finish;
+      Activation activation = Activation::kIdentity;
+      float slope = 1;
+      if (n > 0) {
+        activation = g.layers[n - 1].layer.activation;
+        slope = g.layers[n - 1].slope;
+      }
+      const int64_t places = int64_t(p.layer.in.positions()) * rows_;
+      const bool raw = n == 0 || rows_ == 1;
+      char* destination = n == 0        ? w_.gradient.data()
+                          : rows_ == 1  ? w_.scratch.data()
+                          : narrow      ? w_.wide.data()
+                                        : w_.stored[n - 1].data();
+      finish.activation = activation;
+      finish.slope = slope;
+      finish.places = places;
+      if (n > 0 && rows_ == 1) {
+        finish.what = Finish::kGradient;
+        finish.stored = w_.stored[n - 1].data();
+        finish.delta = w_.delta[n - 1].data();
+        finish.order = g.layers[n - 1].gradient_order.data();
+        finish.table = table_of(g);
+      }
+      if (p.layer.has_matrix()) {
+        if (rows_ == 1 && n > 0 && p.backward.has_tap_schedule() && !flat) {
+          tap_schedule(p.backward, source, finish);
+        } else {
+          row_schedule(p.backward, raw ? Epilogue::kRaw : Epilogue::kGradient, source,
+                       flat ? g.image_places * rows_ : rows_, destination, finish);
+        }
+      } else {
+        if (p.layer.kind == Kind::kMap) {
+          int64_t u0, u1;
+          me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
+          table->map_backward(source, p.layer.out.positions(), destination, raw, p.layer.in.positions(), rows_,
+                              p.map.to_begin.data(), p.map.to.data(), p.map.scale.data(), p.map.scale_positions,
+                              int(u0), int(u1), activation, slope);
+        } else {
+          int64_t e0, e1;
+          me_.share(p.layer.in.elements(), &e0, &e1);
+          table->reorder_backward(source, p.layer.out.positions(), destination, raw, p.layer.in.positions(), rows_, e0,
+                                  e1, activation, slope);
+        }
+        if (finish.what == Finish::kGradient) {
+          me_.meet();
+          int64_t u0, u1;
+          me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
+          finish(w_.scratch.floats(), int(u0) * kUnitFloats, int(u1) * kUnitFloats, 0, places);
+        }
+      }
+      me_.meet();
+      if (narrow && rows_ > 1) {
+        int64_t u0, u1;
+        me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
+        table_of(g)->narrow(w_.wide.floats(), w_.stored[n - 1].data(), int(u0), int(u1), places);
+        me_.meet();
+      }
+    }
+  }
+
+  void map_forward(const KernelTable* table, const PackedLayer& p, const char* source, char* stored,
+                   Activation activation, float slope) {
+    int64_t u0, u1;
+    me_.share(units_of(p.layer.out.c, kUnitFloats), &u0, &u1);
+    table->map_forward(source, p.layer.in.positions(), stored, p.layer.out.positions(), rows_, p.map.from.data(),
+                       p.map.scale.data(), p.map.shift.data(), p.map.scale_positions, int(u0), int(u1), activation,
+                       slope);
+  }
+
+  void reorder_forward(const KernelTable* table, const PackedLayer& p, const char* source, char* stored) {
+    int64_t e0, e1;
+    me_.share(p.layer.out.elements(), &e0, &e1);
+    table->reorder_forward(source, p.layer.in.positions(), stored, p.layer.out.positions(), rows_, e0, e1);
+  }
+
+  // Tiles of `rows` rows of one position; this thread's share of them.
+  void row_schedule(const Gemm& g, Epilogue epilogue, const char* source, int rows, char* destination,
+                    const Finish& finish) const {
+    const KernelTable& table = *g.table;
+    const int panel_channels = 2 * table.lanes;
+    const int unit_channels = epilogue == Epilogue::kRaw ? kUnitFloats : table.unit_channels;
+    GemmArgs args{};
+    args.unit_stride = int64_t(g.source_positions) * rows * kUnitBytes;
+    args.position_stride = int64_t(rows) * kUnitBytes;
+    args.destination_unit_stride = int64_t(g.destination_positions) * rows * kUnitBytes;
+    args.steps = g.steps;
+    args.panel_stride = g.panel_stride;
+    args.activation = finish.activation;
+    args.slope = finish.slope;
+    // Wide tiles for few rows (a weight loaded once serves more accumulators), single panels for many.
+    int widest = 1;
+    for (int group = 2; group < kGroups; ++group)
+      if (rows <= table.max_rows[group]) widest = group;
+
+    const int64_t total = int64_t(2 * g.panels + g.tail) * g.destination_positions;  // in vectors
+    const int64_t begin = total * me_.id / me_.size, end = total * (me_.id + 1) / me_.size;
+    int64_t item = 0;
+    for (int panel = 0; panel < g.panels + g.tail;) {
+      int group = panel < g.panels ? widest : 0;
+      while (group > 1 && kGroupPanels[group] > g.panels - panel) --group;
+      const int vectors = group == 0 ? 1 : 2 * kGroupPanels[group];
+      const int tiles = (rows + table.max_rows[group] - 1) / table.max_rows[group];
+      const int channel = panel * panel_channels;
+      args.matrix_stride = group == 0 ? g.tail_matrix_stride : g.matrix_stride;
+      args.weights = g.panel(panel);
+      const int64_t offset = (channel / unit_channels) * args.destination_unit_stride +
+                             (channel % unit_channels) * (kUnitBytes / unit_channels);
+      for (int i = 0; i < g.destination_positions; ++i) {
+        // A position belongs to one thread; with a single one (flattened or fully connected) its tiles are shared.
+        const bool split_tiles = g.destination_positions == 1 && tiles > 1;
+        if (!split_tiles) {
+          const int64_t at = item;
+          item += vectors;
+          if (at < begin || at >= end) continue;
+        }
+        const int position = g.order[size_t(i)];
+        const int first_tap = g.tap_begin[size_t(position)];
+        args.taps = g.taps.data() + first_tap;
+        args.tap_count = g.tap_begin[size_t(position) + 1] - first_tap;
+        args.bias = g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
+        int64_t tile_begin = 0, tile_end = tiles;
+        if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
+        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+          const int r0 = int(int64_t(rows) * tile / tiles), r1 = int(int64_t(rows) * (tile + 1) / tiles);
+          args.source = source + int64_t(r0) * kUnitBytes;
+          args.destination = destination + offset + (int64_t(position) * rows + r0) * kUnitBytes;
+          table.gemm[int(epilogue)][group][r1 - r0](args);
+          if (finish.what != Finish::kNothing)
+            finish(reinterpret_cast<const float*>(destination), channel, channel + vectors * table.lanes,
+                   int64_t(position) * rows + r0, int64_t(position) * rows + r1);
+        }
+      }
+      panel += group == 0 ? 1 : kGroupPanels[group];
+    }
+  }
+
+  // One row: tap after tap over rectangles of positions, sums in scratch. Threads share panels and lines.
+  void tap_schedule(const Gemm& g, const char* source, const Finish& finish) const {
+    const KernelTable& table = *g.table;
+    const int panel_channels = 2 * table.lanes, panels = g.panels + g.tail;
+    const int width = g.destination_width, height = g.destination_positions / width;
+    const int slices = panels % me_.size == 0 ? 1 : std::min(me_.size, height);
+    float* const scratch = w_.scratch.floats();
+    const int64_t unit_floats = int64_t(g.destination_positions) * kUnitFloats;
+    const int most = table.max_rows[1];
+    TapArgs args{};
+    args.steps = g.steps;
+    args.unit_stride = int64_t(g.source_positions) * kUnitBytes;
+    args.destination_unit_stride = unit_floats * 4;
+    const int items = panels * slices;
+    for (int item = items * me_.id / me_.size; item < items * (me_.id + 1) / me_.size; ++item) {
+      const int panel = item / slices, slice = item % slices;
+      const int y0 = height * slice / slices, y1 = height * (slice + 1) / slices;
+      const bool tail = panel >= g.panels;
+      const int channel = panel * panel_channels, channels = tail ? table.lanes : panel_channels;
+      for (int c = channel; c < channel + channels; c += table.lanes) {
+        float* d = scratch + (c / kUnitFloats) * unit_floats + c % kUnitFloats;
+        for (int p = y0 * width; p < y1 * width; ++p) {
+          if (g.bias.empty()) std::memset(d + int64_t(p) * kUnitFloats, 0, size_t(table.lanes) * 4);
+          else std::memcpy(d + int64_t(p) * kUnitFloats, g.bias.data() + p * g.bias_position_stride + c, size_t(table.lanes) * 4);
+        }
+      }
+      char* const destination =
+          reinterpret_cast<char*>(scratch + (channel / kUnitFloats) * unit_floats + channel % kUnitFloats);
+      for (const Run& v : g.vertical) {
+        // The run's lines that fall into this slice.
+        int first = y0 <= v.destination ? 0 : (y0 - v.destination + v.destination_step - 1) / v.destination_step;
+        int last = y1 <= v.destination ? 0 : (y1 - 1 - v.destination) / v.destination_step + 1;
+        last = std::min(last, v.count);
+        if (first >= last) continue;
+        for (const Run& h : g.horizontal) {
+          args.weights = g.panel(panel) + (v.set * g.horizontal_sets + h.set) * (tail ? g.tail_matrix_stride : g.matrix_stride);
+          args.destination_step = int64_t(h.destination_step) * kUnitBytes;
+          const int pieces = (h.count + most - 1) / most;
+          const int phase_start = phase_position(h.source, g.phases, g.source_width);
+          for (int piece = 0; piece < pieces; ++piece) {
+            const int x0 = h.count * piece / pieces, x1 = h.count * (piece + 1) / pieces;
+            const int tall = std::max(1, std::min(kMaxTileSegments, most / (x1 - x0)));
+            const int bands = (last - first + tall - 1) / tall;
+            for (int band = 0; band < bands; ++band) {
+              const int s0 = first + (last - first) * band / bands, s1 = first + (last - first) * (band + 1) / bands;
+              for (int s = s0; s < s1; ++s) {
+                const int sy = v.source + s * v.source_step, dy = v.destination + s * v.destination_step;
+                args.source[s - s0] = source + (int64_t(sy) * g.source_width + phase_start + x0) * kUnitBytes;
+                args.destination[s - s0] =
+                    destination + (int64_t(dy) * width + h.destination + x0 * h.destination_step) * kUnitBytes;
+              }
+              table.tap[tail ? 0 : 1][s1 - s0][x1 - x0](args);
+            }
+          }
+        }
+      }
+      finish(scratch, channel, channel + channels, int64_t(y0) * width, int64_t(y1) * width);
+    }
+  }
+
+  static int phase_position(int x, int phases, int width) {
+    int start = 0;
+    for (int phase = 0; phase < x % phases; ++phase) start += (width - phase + phases - 1) / phases;
+    return start + x / phases;
+  }
+};
+
+// How `rows` rows are cut into blocks and shared by teams.
+struct Division {
+  int teams = 1;
+  int64_t blocks = 0;
+  int block_rows = 1;  // of the largest block
+};
+
+Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows) {
+  // Rows of a block: as many as fill the registers, twice that where a tile is small.
+  const int tile = std::max(g.set->float32->max_rows[1], 1);
+  int largest = tile >= 12 ? tile : 2 * tile;
+  const int64_t per_row = workspace_bytes(g, 1);
+  // Relative speed of a block of n rows in one thread, as measured: short tiles leave the multiply-add units idle.
+  const auto speed = [](int64_t n) { return n >= 5 ? 1.0 : n == 4 ? 0.95 : n == 3 ? 0.9 : 0.8; };
+  Division best;
+  double best_time = 0;
+  for (int teams = 1; teams <= threads; ++teams) {
+    if (threads % teams != 0 && teams != threads) continue;
+    int64_t limit = std::min<int64_t>(largest, std::max<int64_t>(1, kWorkingMemory / (per_row * teams)));
+    if (max_rows > 0) {
+      if (max_rows < teams) break;
+      limit = std::min<int64_t>(limit, max_rows / teams);
+    }
+    const int64_t each = (rows + teams - 1) / teams;
+    const int64_t count = (each + limit - 1) / limit;
+    const int64_t block = (each + count - 1) / count;
+    const int size = threads / teams;
+    const double time = double(each) / speed(block) / (size * (size > 1 ? 0.93 : 1.0));
+    if (teams == 1 || time < best_time * 0.999) {
+      best_time = time;
+      best.teams = teams;
+      best.blocks = std::min<int64_t>(count * teams, rows);
+      best.block_rows = int((rows + best.blocks - 1) / best.blocks);
+    }
+  }
+  return best;
+}
+
+// Calls use(block, first row, rows) for every block, by teams.
+template <class Use>
+void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows, const Use& use) {
+  if (rows == 0) return;
+  const Lease lease(threads);
+  const Division division = divide(g, rows, lease.threads(), max_rows);
+  const int size = lease.threads() / division.teams;
+  struct Team {
+    Workspace workspace;
+    Barrier barrier;
+    int64_t block = 0;
+    Team(const PackedGenerator& g, int rows, int size) : workspace(g, rows), barrier(size) {}
+  };
+  std::vector<std::unique_ptr<Team>> teams;
+  for (int t = 0; t < division.teams; ++t) teams.push_back(std::make_unique<Team>(g, division.block_rows, size));
+  std::atomic<int64_t> next{0};
+  run_threads(division.teams * size, [&](int thread) {
+    Team& team = *teams[size_t(thread / size)];
+    const Member member{thread % size, size, &team.barrier};
+    Block block(g, team.workspace, member);
+    for (;;) {
+      if (member.id == 0) team.block = next.fetch_add(1);
+      member.meet();
+      const int64_t index = team.block;
+      if (index >= division.blocks) break;
+      const int64_t first = rows * index / division.blocks, last = rows * (index + 1) / division.blocks;
+      use(block, first, int(last - first));
+    }
+  });
+}
+
+}  // namespace
+
+int64_t bytes_per_row(const PackedGenerator& generator) { return workspace_bytes(generator, 1); }
+
+void project(const PackedGenerator& generator, const ProjectArgs& args) {
+  for_blocks(generator, args.images_count * args.restarts, args.threads, args.max_rows,
+             [&](Block& block, int64_t first, int rows) { block.project(args, first, rows); });
+}
+
+void decode(const PackedGenerator& generator, const float* latents, int64_t count, int threads, int64_t max_rows,
+            float* images) {
+  for_blocks(generator, count, threads, max_rows,
+             [&](Block& block, int64_t first, int rows) { block.decode(latents, images, first, rows); });
+}
+
+}  // namespace defgan::cpu

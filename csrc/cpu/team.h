@@ -1,0 +1,57 @@
+// Threads of one call: started for it and joined before it returns (a projection takes milliseconds, a thread
+// microseconds), so that nothing survives a fork and nothing is shared with torch's own pool.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <thread>
+
+namespace defgan::cpu {
+
+// All threads of a team meet here, several times a step. Spins, since a step's layers last tens of
+// microseconds; yields after a while, for machines with more threads than cores.
+class Barrier {
+ public:
+  explicit Barrier(int size = 1) : size_(size) {}
+  void wait();
+
+ private:
+  const int size_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> round_{0};
+};
+
+// One thread's place in its team: it takes the id-th of `size` shares of every layer.
+struct Member {
+  int id = 0, size = 1;
+  Barrier* barrier = nullptr;
+  void meet() const {
+    if (size > 1) barrier->wait();
+  }
+  // The id-th share of [0, total), in multiples of `grain` but for the last.
+  void share(int64_t total, int64_t* begin, int64_t* end, int64_t grain = 1) const {
+    const int64_t grains = (total + grain - 1) / grain;
+    const auto cut = [&](int64_t i) { return grains * i / size * grain < total ? grains * i / size * grain : total; };
+    *begin = cut(id);
+    *end = cut(id + 1);
+  }
+};
+
+// Threads that a call may use: `wanted`, less those that other calls are using at this moment (several
+// projections may run in a caller's own thread pool), at least one. Results do not depend on the number.
+class Lease {
+ public:
+  explicit Lease(int wanted);
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+  int threads() const { return threads_; }
+
+ private:
+  int threads_;
+};
+
+// Runs body(0) .. body(threads - 1), all at the same time, body(0) on the calling thread. body must not throw.
+void run_threads(int threads, const std::function<void(int)>& body);
+
+}  // namespace defgan::cpu

@@ -1,0 +1,88 @@
+// The lowered generator: what the kernels know of a network, and nothing of torch.
+//
+// A plan is a chain of layers from the latent (k channels, one position) to the image. Every layer
+// that multiplies by a matrix is described by which (input position, output position) pairs are
+// linked and by which weight matrix; borders, strides, crops and nearest upsampling are nothing but
+// links that exist or do not. The text form (one layer a line, `key=value`; a last line
+// `image out=CxHxW`) is what travels through the torch op, so that a graph that holds a projection can be printed and read.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace defgan {
+
+enum class Kind {
+  kLinear,         // every input element to every output element
+  kConvTranspose,  // o = stride * i + tap - pad
+  kConv,           // i = (stride * o + tap - pad) / upsample, where the bracket is inside the upsampled input
+  kMap,            // one source position an output position, channels kept: affine, nearest upsampling, crop
+  kReorder,        // the same elements in (channel, y, x) order under another shape
+};
+
+enum class Activation { kIdentity, kRelu, kLeakyRelu, kSigmoid, kTanh };
+
+struct Shape {
+  int c = 0, h = 0, w = 0;
+  int positions() const { return h * w; }
+  int64_t elements() const { return int64_t(c) * h * w; }
+};
+
+struct Pair {
+  int h = 0, w = 0;
+};
+
+// Indices into the list of parameter tensors; -1 where there is none.
+struct Norm {
+  int mean = -1, var = -1, weight = -1, bias = -1;
+  double eps = 0;
+  bool present() const { return mean >= 0; }
+};
+
+struct Layer {
+  Kind kind = Kind::kLinear;
+  Shape in, out;
+  Pair kernel, stride{1, 1}, pad, upsample{1, 1};
+  Activation activation = Activation::kIdentity;
+  float slope = 0;  // of kLeakyRelu, at least 0 so that the stored output tells the side of the kink
+  int weight = -1, bias = -1;
+  Norm norm;  // folded into weight and bias for layers with a matrix, the affine map itself for kMap
+
+  bool has_matrix() const { return kind == Kind::kLinear || kind == Kind::kConvTranspose || kind == Kind::kConv; }
+};
+
+struct Plan {
+  std::vector<Layer> layers;
+  Shape image;  // as the generator returns it; the last layer's output has the same elements in the same order
+  int latent_size() const { return layers.front().in.c; }
+};
+
+// One dimension of a layer's links: output o reads input i with tap set `set`. A set holds one tap,
+// or several whose weights are summed (nearest upsampling followed by a convolution).
+struct Link {
+  int in, out, set;
+};
+struct Links {
+  std::vector<Link> links;             // ordered by (set, in, out)
+  std::vector<std::vector<int>> sets;  // the taps of each set
+};
+
+// Throws std::invalid_argument with one line that names the layer and what is wrong.
+Plan parse_plan(const std::string& text);
+
+// Checks that every parameter index exists and has the number of elements that its layer needs.
+void check_parameters(const Plan& plan, const std::vector<int64_t>& elements);
+
+Links links_of(const Layer& layer, bool vertical);
+
+// Multiply-adds of one forward pass of one row, border taps counted exactly.
+int64_t multiply_adds(const Plan& plan);
+
+// Useful floating-point operations of one gradient step of one row: forward and data gradient.
+inline int64_t flop_per_step(const Plan& plan) { return 4 * multiply_adds(plan); }
+
+const char* name_of(Kind kind);
+const char* name_of(Activation activation);
+
+}  // namespace defgan

@@ -1,0 +1,340 @@
+// The torch ops over the kernels: schema, checks, the cache of packed weights, dispatch; and the pybind11
+// module for what is not a tensor. The only file that includes torch.
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <list>
+#include <mutex>
+#include <sstream>
+
+#include "cpu/limits.h"
+#include "cpu/projection.h"
+
+namespace defgan {
+namespace {
+
+using at::Tensor;
+using cpu::PackedGenerator;
+using cpu::Precision;
+
+// --- checks: one line that names the argument, what was expected and what came ---------------------------
+
+const char* name_of(at::ScalarType type) {
+  switch (type) {
+    case at::kByte: return "uint8";
+    case at::kChar: return "int8";
+    case at::kShort: return "int16";
+    case at::kInt: return "int32";
+    case at::kLong: return "int64";
+    case at::kBool: return "bool";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    default: return c10::toString(type);
+  }
+}
+
+std::string text(at::IntArrayRef sizes) {
+  std::ostringstream out;
+  out << "[";
+  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
+  out << "]";
+  return out.str();
+}
+
+void check_floating(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf,
+                   name, " must have dtype float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
+}
+
+Plan plan_of(const std::string& description) {
+  try {
+    return parse_plan(description);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+Precision precision_of(const std::string& precision) {
+  if (precision == "float32") return Precision::kFloat32;
+  TORCH_CHECK_VALUE(precision != "float16",
+                    "precision must be \"float32\" or \"bfloat16\" on the CPU, got \"float16\": use \"bfloat16\"");
+  TORCH_CHECK_VALUE(precision == "bfloat16", "precision must be \"float32\" or \"bfloat16\" on the CPU, got \"", precision,
+                    "\"");
+  return Precision::kBfloat16;
+}
+
+void check_values(const float* images, int64_t count, const Plan& plan) {
+  float low = std::numeric_limits<float>::infinity(), high = -low;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    finite = finite && std::isfinite(images[i]);
+    low = std::min(low, images[i]);
+    high = std::max(high, images[i]);
+  }
+  TORCH_CHECK_VALUE(finite, "images must be finite");
+  const Activation last = plan.layers.back().activation;
+  if (count == 0 || (last != Activation::kSigmoid && last != Activation::kTanh)) return;
+  const float from = last == Activation::kSigmoid ? 0.0f : -1.0f, tolerance = 0.01f * (1.0f - from);
+  TORCH_CHECK_VALUE(low >= from - tolerance && high <= 1.0f + tolerance,
+                    "images must lie in the generator's range [", from, ", 1], got [", low, ", ", high, "]");
+}
+
+// --- packed weights, cached by content --------------------------------------------------------------------
+
+struct Hash {
+  uint64_t a = 0x9e3779b97f4a7c15u, b = 0xc2b2ae3d27d4eb4fu;
+  bool operator==(const Hash& o) const { return a == o.a && b == o.b; }
+};
+
+// Eight independent lanes, so that the multiplications overlap; each step is a bijection of its lane for given
+// data and of the data for a given lane, so that no single changed word can go unnoticed within a lane.
+void absorb(Hash& hash, const void* data, size_t bytes) {
+  constexpr uint64_t kPrime = 0x9fb21c651e98df25u;
+  uint64_t lanes[8];
+  for (int i = 0; i < 8; ++i) lanes[i] = hash.a + uint64_t(i) * hash.b;
+  const char* p = static_cast<const char*>(data);
+  const auto step = [&](const char* chunk) {
+    uint64_t words[8];
+    std::memcpy(words, chunk, 64);
+    for (int i = 0; i < 8; ++i) {
+      const uint64_t x = (lanes[i] ^ words[i]) * kPrime;
+      lanes[i] = x ^ (x >> 32);
+    }
+  };
+  size_t left = bytes;
+  for (; left >= 64; left -= 64, p += 64) step(p);
+  char last[64] = {};
+  std::memcpy(last, p, left);
+  step(last);
+  for (int i = 0; i < 8; ++i) {
+    hash.a = (hash.a ^ lanes[i]) * kPrime;
+    hash.a ^= hash.a >> 29;
+    hash.b = (hash.b + lanes[i]) * 0xd6e8feb86659fd93u;
+    hash.b ^= hash.b >> 32;
+  }
+  hash.a += bytes;
+}
+
+struct CacheEntry {
+  std::string plan;
+  const cpu::InstructionSet* set;
+  Precision precision;
+  Hash hash;
+  std::shared_ptr<const PackedGenerator> packed;
+};
+constexpr size_t kCacheEntries = 16, kCacheBytes = size_t(512) << 20;
+
+std::mutex cache_mutex;
+std::list<CacheEntry> cache;  // most recently used first
+
+std::shared_ptr<const PackedGenerator> packed_generator(const std::string& description, const Plan& plan,
+                                                        at::TensorList parameters, Precision precision) {
+  std::vector<Tensor> held;
+  std::vector<cpu::Parameter> views;
+  Hash hash;
+  for (const Tensor& p : parameters) {
+    TORCH_CHECK_TYPE(p.is_floating_point(), "parameters must be floating point, got ", name_of(p.scalar_type()));
+    TORCH_CHECK_VALUE(p.device().is_cpu(), "parameters must be on the images' device (cpu), got ", p.device().str());
+    held.push_back(p.detach().to(at::kFloat).contiguous());
+    views.push_back({held.back().const_data_ptr<float>(), held.back().numel()});
+    absorb(hash, views.back().data, size_t(views.back().elements) * 4);
+  }
+  const cpu::InstructionSet& set = cpu::active_instruction_set();
+  {
+    std::lock_guard<std::mutex> lock(cache_mutex);
+    for (auto it = cache.begin(); it != cache.end(); ++it)
+      if (it->hash == hash && it->set == &set && it->precision == precision && it->plan == description) {
+        cache.splice(cache.begin(), cache, it);
+        return it->packed;
+      }
+  }
+  std::shared_ptr<const PackedGenerator> packed = cpu::pack(plan, views, set, precision);
+  std::lock_guard<std::mutex> lock(cache_mutex);
+  cache.push_front({description, &set, precision, hash, packed});
+  size_t bytes = 0, kept = 0;
+  for (auto it = cache.begin(); it != cache.end();) {
+    bytes += it->packed->bytes();
+    ++kept;
+    it = kept > 1 && (kept > kCacheEntries || bytes > kCacheBytes) ? cache.erase(it) : std::next(it);
+  }
+  return packed;
+}
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Errors of the torch-free layers keep their words and become Python's ValueError.
+template <class Body>
+auto translated(const Body& body) {
+  try {
+    return body();
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, error.what());
+  }
+}
+
+// --- the ops ----------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, at::TensorList parameters,
+                                       const std::string& description, at::ArrayRef<double> lr_schedule,
+                                       double momentum, const std::string& precision, int64_t max_rows,
+                                       bool validate) {
+  const Plan plan = plan_of(description);
+  const int64_t k = plan.latent_size();
+  check_floating(images, "images");
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == plan.image.c && images.size(2) == plan.image.h &&
+                        images.size(3) == plan.image.w,
+                    "images must have shape [B, ", plan.image.c, ", ", plan.image.h, ", ", plan.image.w, "], got ",
+                    text(images.sizes()));
+  check_floating(z0, "z0");
+  const int64_t count = images.size(0);
+  const bool per_image = z0.dim() == 3;
+  TORCH_CHECK_VALUE((z0.dim() == 2 || per_image) && z0.size(-1) == k && z0.size(-2) >= 1 &&
+                        (!per_image || z0.size(0) == count),
+                    "z0 must have shape [R, ", k, "] or [", count, ", R, ", k, "] with R at least 1, got ",
+                    text(z0.sizes()));
+  TORCH_CHECK_VALUE(z0.device() == images.device(), "z0 must be on the images' device (", images.device().str(), "), got ",
+                    z0.device().str());
+  TORCH_CHECK_VALUE(max_rows >= 0, "max_rows must be at least 0 (0: automatic), got ", max_rows);
+  const Precision p = precision_of(precision);
+  const int64_t restarts = z0.size(-2);
+
+  const Tensor targets = images.to(at::kFloat).contiguous(), start = z0.to(at::kFloat).contiguous();
+  if (validate) {
+    check_values(targets.const_data_ptr<float>(), targets.numel(), plan);
+    const float* z = start.const_data_ptr<float>();
+    for (int64_t i = 0; i < start.numel(); ++i) TORCH_CHECK_VALUE(std::isfinite(z[i]), "z0 must be finite");
+  }
+  Tensor latents = at::empty({count, restarts, k}, targets.options());
+  Tensor errors = at::empty({count, restarts}, targets.options());
+  if (count == 0) return {latents, errors};
+  const std::vector<float> rates(lr_schedule.begin(), lr_schedule.end());
+  translated([&] {
+    const auto packed = packed_generator(description, plan, parameters, p);
+    cpu::ProjectArgs args{};
+    args.images = targets.const_data_ptr<float>();
+    args.start = start.const_data_ptr<float>();
+    args.start_per_image = per_image;
+    args.images_count = count;
+    args.restarts = int(restarts);
+    args.rates = rates.data();
+    args.steps = int(rates.size());
+    args.momentum = float(momentum);
+    args.threads = threads();
+    args.max_rows = max_rows;
+    args.latents = latents.mutable_data_ptr<float>();
+    args.errors = errors.mutable_data_ptr<float>();
+    cpu::project(*packed, args);
+  });
+  return {latents, errors};
+}
+
+Tensor decode_cpu(const Tensor& latents, at::TensorList parameters, const std::string& description, int64_t max_rows) {
+  const Plan plan = plan_of(description);
+  check_floating(latents, "latents");
+  TORCH_CHECK_VALUE(latents.dim() == 2 && latents.size(1) == plan.latent_size(), "latents must have shape [B, ",
+                    plan.latent_size(), "], got ", text(latents.sizes()));
+  TORCH_CHECK_VALUE(max_rows >= 0, "max_rows must be at least 0 (0: automatic), got ", max_rows);
+  const Tensor source = latents.to(at::kFloat).contiguous();
+  Tensor images = at::empty({latents.size(0), plan.image.c, plan.image.h, plan.image.w}, source.options());
+  translated([&] {
+    const auto packed = packed_generator(description, plan, parameters, Precision::kFloat32);
+    cpu::decode(*packed, source.const_data_ptr<float>(), latents.size(0), threads(), max_rows,
+                images.mutable_data_ptr<float>());
+  });
+  return images;
+}
+
+// Fake kernels: shapes only, symbolic ones included.
+std::tuple<Tensor, Tensor> project_meta(const Tensor& images, const Tensor& z0, at::TensorList, const std::string&,
+                                        at::ArrayRef<double>, double, const std::string&, int64_t, bool) {
+  const auto options = images.options().dtype(at::kFloat);
+  return {at::empty_symint({images.sym_size(0), z0.sym_size(-2), z0.sym_size(-1)}, options),
+          at::empty_symint({images.sym_size(0), z0.sym_size(-2)}, options)};
+}
+
+Tensor decode_meta(const Tensor& latents, at::TensorList, const std::string& description, int64_t) {
+  const Plan plan = plan_of(description);
+  return at::empty_symint({latents.sym_size(0), plan.image.c, plan.image.h, plan.image.w},
+                          latents.options().dtype(at::kFloat));
+}
+
+}  // namespace
+}  // namespace defgan
+
+TORCH_LIBRARY(defgan_fast, m) {
+  // images [B, C, H, W], z0 [R, k] or [B, R, k], parameters as the plan numbers them -> latents [B, R, k] and
+  // errors [B, R], float32. max_rows 0: automatic.
+  m.def(
+      "project(Tensor images, Tensor z0, Tensor[] parameters, str plan, float[] lr_schedule, float momentum, "
+      "str precision, int max_rows, bool validate) -> (Tensor latents, Tensor errors)",
+      {at::Tag::pt2_compliant_tag});
+  // latents [B, k] -> images [B, C, H, W], float32.
+  m.def("decode(Tensor latents, Tensor[] parameters, str plan, int max_rows) -> Tensor", {at::Tag::pt2_compliant_tag});
+}
+TORCH_LIBRARY_IMPL(defgan_fast, CPU, m) {
+  m.impl("project", &defgan::project_cpu);
+  m.impl("decode", &defgan::decode_cpu);
+}
+TORCH_LIBRARY_IMPL(defgan_fast, Meta, m) {
+  m.impl("project", &defgan::project_meta);
+  m.impl("decode", &defgan::decode_meta);
+}
+// No derivative of their own: the gradient modes of Projector are ops in defgan_fast/ops.py. Says so on backward.
+TORCH_LIBRARY_IMPL(defgan_fast, Autograd, m) {
+  m.impl("project", torch::autograd::autogradNotImplementedFallback());
+  m.impl("decode", torch::autograd::autogradNotImplementedFallback());
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  m.doc() = "Compiled half of defgan_fast: registers torch.ops.defgan_fast, and tells what is no tensor.";
+  m.def("build_info", [] {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["torch"] = TORCH_VERSION;
+    info["cuda"] = "no";
+    return info;
+  });
+  m.def("instruction_sets", &defgan::cpu::supported_instruction_sets);
+  m.def("active_instruction_set", [] { return std::string(defgan::cpu::active_instruction_set().name); });
+  m.def(
+      "machine_limits",
+      [](const std::string& isa, const std::string& precision, int threads, double seconds) {
+        if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+        const auto p = precision == "bfloat16" ? defgan::cpu::Precision::kBfloat16 : defgan::cpu::Precision::kFloat32;
+        return defgan::cpu::multiply_add_limit(defgan::cpu::instruction_set(isa), p, threads, seconds);
+      },
+      py::arg("isa"), py::arg("precision"), py::arg("threads"), py::arg("seconds"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("flop_per_step", [](const std::string& plan) { return defgan::flop_per_step(defgan::parse_plan(plan)); });
+  m.def("describe_plan", [](const std::string& text) {
+    const defgan::Plan plan = defgan::parse_plan(text);
+    py::list layers;
+    for (const defgan::Layer& l : plan.layers) {
+      py::dict d;
+      const auto shape = [](const defgan::Shape& s) { return py::make_tuple(s.c, s.h, s.w); };
+      const auto pair = [](const defgan::Pair& p) { return py::make_tuple(p.h, p.w); };
+      d["kind"] = defgan::name_of(l.kind);
+      d["in"] = shape(l.in);
+      d["out"] = shape(l.out);
+      d["kernel"] = pair(l.kernel);
+      d["stride"] = pair(l.stride);
+      d["pad"] = pair(l.pad);
+      d["upsample"] = pair(l.upsample);
+      d["activation"] = defgan::name_of(l.activation);
+      d["slope"] = l.slope;
+      d["normalised"] = l.norm.present();
+      layers.append(d);
+    }
+    return layers;
+  });
+}

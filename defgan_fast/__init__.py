@@ -1,0 +1,32 @@
+"""Defense-GAN, fast: images are projected onto the range of a generator before they are classified."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .detector import Detector
+from .lowering import LoweringError
+from .projector import Projection, Projector
+
+if TYPE_CHECKING:
+    from .weights import load_classifier, load_generator
+
+__all__ = [
+    "Detector",
+    "LoweringError",
+    "Projection",
+    "Projector",
+    "__version__",
+    "load_classifier",
+    "load_generator",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # safetensors and the models are imported when first asked for: importing the projector stays quick.
+    if name in ("load_generator", "load_classifier"):
+        from . import weights
+
+        return getattr(weights, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
