@@ -1,0 +1,1 @@
+"""Training of generators and classifiers, from data to weight files; see docs/training.md."""

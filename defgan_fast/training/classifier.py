@@ -1,0 +1,118 @@
+"""Training of classifiers A to F: Adam at 1e-3, batches of 128, 10 epochs, as in the released code.
+
+The classifier is trained on the images themselves (Defense-GAN-Orig in the paper). The optional deformation
+of the images is for the digits, whose training part is small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from defgan_fast import models
+from defgan_fast.training.augment import random_affine
+from defgan_fast.training.batches import Batches
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """Everything that decides a training run, apart from the data and the number of threads."""
+
+    arch: str = "F"
+    epochs: int = 10
+    batch: int = 128
+    lr: float = 1e-3
+    augment: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if self.augment < 0:
+            raise ValueError(f"augment must be at least 0, got {self.augment}")
+
+    def steps(self, images: int) -> int:
+        """Number of batches in all epochs."""
+        return self.epochs * max(images // self.batch, 1)
+
+
+class ClassifierTrainer:
+    """The training state and one step of it.
+
+    Args:
+        settings: see :class:`ClassifierSettings`.
+        images: [N, C, H, W] float32.
+        labels: [N] int64 in 0..9.
+        data_hash: fingerprint of images and labels, kept with checkpoints.
+        device: where to train.
+    """
+
+    def __init__(
+        self,
+        settings: ClassifierSettings,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        data_hash: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.options = settings
+        self.settings: dict[str, Any] = {**asdict(settings), "data": data_hash}
+        # More epochs only continue the run.
+        del self.settings["epochs"]
+        self.device = torch.device(device)
+        self.images, self.labels = images.to(self.device), labels.to(self.device)
+        self.step = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = models.Classifier(settings.arch, list(images.shape[1:])).to(self.device)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
+        self.random = torch.Generator().manual_seed(settings.seed)
+        self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)
+
+    def advance(self) -> dict[str, torch.Tensor]:
+        """One batch."""
+        chosen = self.batches.next().to(self.device)
+        images = random_affine(self.images[chosen], self.options.augment, self.random)
+        self.model.train()
+        logits = self.model(images)
+        loss = F.cross_entropy(logits, self.labels[chosen])
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.step += 1
+        accuracy_train = (logits.argmax(1) == self.labels[chosen]).float().mean()
+        return {"loss": loss.detach(), "accuracy_train": accuracy_train}
+
+    def state(self) -> dict[str, Any]:
+        """Weights, optimiser, random state and data order."""
+        return {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "random": self.random.get_state(),
+            "batches": self.batches.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.random.set_state(state["random"])
+        self.batches.restore(state["batches"])
+
+
+@torch.no_grad()
+def predict(classifier: nn.Module, images: torch.Tensor, batch: int = 256) -> torch.Tensor:
+    """[N, C, H, W] -> [N] int64, the class of the largest logit, in batches that bound the memory."""
+    return torch.cat([classifier(part).argmax(1) for part in images.split(batch)])
+
+
+def accuracy(classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of images [N, C, H, W] whose label [N] the classifier finds; it is put in eval mode."""
+    return float((predict(classifier.eval(), images) == labels).double().mean())

@@ -1,0 +1,195 @@
+"""WGAN with gradient penalty (Gulrajani et al., 2017): the generator that the defence projects onto.
+
+Five critic steps for each generator step, Adam at 1e-4 with betas 0.5 and 0.9, penalty 10, batches of 50: the
+settings of the released Defense-GAN code, except that its penalty takes the gradient's norm over one axis of
+the image only, where the method asks for the norm over all of them. On top of it: an exponential moving
+average of the generator's weights, which is what gets saved, an optional linear decay of the rate, and an
+optional deformation of the training images.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from defgan_fast import models
+from defgan_fast.training.augment import random_affine
+from defgan_fast.training.batches import Batches
+
+
+@dataclass(frozen=True)
+class GanSettings:
+    """Everything that decides a training run, apart from the data and the number of threads.
+
+    ``steps`` belongs to it because the linear schedule depends on the number of steps.
+    """
+
+    steps: int = 200_000
+    batch: int = 50
+    critic_steps: int = 5
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    betas: tuple[float, float] = (0.5, 0.9)
+    penalty: float = 10.0
+    latent_size: int = 128
+    width: int = 64
+    critic_width: int = 64
+    ema: float = 0.999
+    augment: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "critic_steps", "latent_size", "width", "critic_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        if self.augment < 0:
+            raise ValueError(f"augment must be at least 0, got {self.augment}")
+        if self.lr_schedule not in ("constant", "linear"):
+            raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule!r}")
+
+
+def gradient_penalty(
+    critic: nn.Module, real: torch.Tensor, fake: torch.Tensor, mix: torch.Tensor
+) -> torch.Tensor:
+    """Mean of (|gradient of the critic at x| - 1)^2 for x between real and fake images (equation 3 there).
+
+    Args:
+        critic: [N, C, H, W] -> [N].
+        real, fake: [N, C, H, W].
+        mix: [N] in [0, 1], the share of the real image.
+
+    Returns:
+        Scalar, differentiable with respect to the critic's parameters. The norm is over all axes but the
+        first.
+    """
+    share = mix.view(-1, *[1] * (real.dim() - 1))
+    between = (share * real + (1 - share) * fake).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    # The square root has no finite derivative at zero.
+    norm = (gradient.flatten(1).square().sum(1) + 1e-12).sqrt()
+    return (norm - 1).square().mean()
+
+
+class WganGp:
+    """The training state and one step of it.
+
+    Args:
+        settings: see :class:`GanSettings`.
+        images: [N, C, H, W] float32 training images, in the generator's range.
+        data_hash: fingerprint of the images, kept with checkpoints so that none is continued on other data.
+        device: where to train.
+    """
+
+    def __init__(
+        self,
+        settings: GanSettings,
+        images: torch.Tensor,
+        data_hash: str,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.options = settings
+        self.settings: dict[str, Any] = {**asdict(settings), "betas": list(settings.betas), "data": data_hash}
+        if settings.lr_schedule == "constant":
+            # The steps done do not depend on how many are to come, so that a run may be prolonged.
+            del self.settings["steps"]
+        self.device = torch.device(device)
+        self.images = images.to(self.device)
+        self.step = 0
+        shape = list(images.shape[1:])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.generator = models.Generator(settings.latent_size, settings.width, shape).to(self.device)
+            self.critic = models.Critic(settings.critic_width, shape).to(self.device)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False)
+        adam = {"lr": settings.lr, "betas": settings.betas}
+        self.generator_optimiser = torch.optim.Adam(self.generator.parameters(), **adam)
+        self.critic_optimiser = torch.optim.Adam(self.critic.parameters(), **adam)
+        self.random = torch.Generator().manual_seed(settings.seed)
+        self.batches = Batches(len(images), settings.batch, self.random)
+
+    def latents(self, count: int) -> torch.Tensor:
+        """[count, k] from N(0, 1)."""
+        return torch.randn(count, self.options.latent_size, generator=self.random).to(self.device)
+
+    def advance(self) -> dict[str, torch.Tensor]:
+        """``critic_steps`` updates of the critic, then one of the generator and of its average."""
+        options = self.options
+        if options.lr_schedule == "linear":
+            rate = options.lr * (1 - self.step / options.steps)
+            for optimiser in (self.generator_optimiser, self.critic_optimiser):
+                for group in optimiser.param_groups:
+                    group["lr"] = rate
+        for _ in range(options.critic_steps):
+            distance, penalty = self._critic_step()
+        loss = self._generator_step()
+        self._average_step()
+        self.step += 1
+        return {"critic_distance": distance, "penalty": penalty, "generator_loss": loss}
+
+    def _critic_step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        real = self.images[self.batches.next().to(self.device)]
+        real = random_affine(real, self.options.augment, self.random)
+        with torch.no_grad():
+            fake = self.generator(self.latents(len(real)))
+        mix = torch.rand(len(real), generator=self.random).to(self.device)
+        # One pass for both halves: the batches are small, and the critic treats each image by itself.
+        score_real, score_fake = self.critic(torch.cat((real, fake))).chunk(2)
+        distance = score_real.mean() - score_fake.mean()
+        penalty = gradient_penalty(self.critic, real, fake, mix)
+        self.critic_optimiser.zero_grad(set_to_none=True)
+        (self.options.penalty * penalty - distance).backward()
+        self.critic_optimiser.step()
+        return distance.detach(), penalty.detach()
+
+    def _generator_step(self) -> torch.Tensor:
+        # Gradients of the critic's weights are not needed here and cost a third of the step.
+        self.critic.requires_grad_(False)
+        loss = -self.critic(self.generator(self.latents(self.options.batch))).mean()
+        self.generator_optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.generator_optimiser.step()
+        self.critic.requires_grad_(True)
+        return loss.detach()
+
+    @torch.no_grad()
+    def _average_step(self) -> None:
+        # A short memory at first, so that the untrained weights are forgotten.
+        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
+        for average, current in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+            average.lerp_(current, 1 - decay)
+        for average, current in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            average.copy_(current)
+
+    @torch.no_grad()
+    def samples(self, count: int = 64) -> torch.Tensor:
+        """[count, C, H, W] images of the averaged generator, from the same latents at every call."""
+        fixed = torch.Generator().manual_seed(self.options.seed)
+        latents = torch.randn(count, self.options.latent_size, generator=fixed)
+        return self.average(latents.to(self.device)).cpu()
+
+    def state(self) -> dict[str, Any]:
+        """Weights, average, optimisers, random state and data order."""
+        return {
+            "generator": self.generator.state_dict(),
+            "average": self.average.state_dict(),
+            "critic": self.critic.state_dict(),
+            "generator_optimiser": self.generator_optimiser.state_dict(),
+            "critic_optimiser": self.critic_optimiser.state_dict(),
+            "random": self.random.get_state(),
+            "batches": self.batches.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        for name in ("generator", "average", "critic", "generator_optimiser", "critic_optimiser"):
+            getattr(self, name).load_state_dict(state[name])
+        self.random.set_state(state["random"])
+        self.batches.restore(state["batches"])
