@@ -19,17 +19,15 @@ MATRIX = 2048
 
 
 def machine_limits(threads: int, seconds: float = 0.3) -> dict[str, dict[str, float | None]]:
-    """GFLOP/s by precision: `{"float32": {"probe": ..., "torch.mm": ...}, "bfloat16": ...}`.
-
-    The probe is the best of three runs of `seconds`, None without the compiled module.
-    """
+    """GFLOP/s by precision: `{"float32": {"probe": ..., "torch.mm": ...}, "bfloat16": ...}`."""
     return {
-        precision: {"probe": _probe(precision, threads, seconds), "torch.mm": matrix_product(dtype, seconds)}
+        precision: {"probe": probe(precision, threads, seconds), "torch.mm": matrix_product(dtype, seconds)}
         for precision, dtype in PRECISIONS.items()
     }
 
 
-def _probe(precision: str, threads: int, seconds: float) -> float | None:
+def probe(precision: str, threads: int, seconds: float = 0.3) -> float | None:
+    """GFLOP/s of multiply-adds on registers, best of three; None without the compiled module."""
     module: Any = _extension.module()
     if module is None:
         return None

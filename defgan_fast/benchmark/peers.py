@@ -28,7 +28,7 @@ LEARNING_RATE = 10.0
 LR_DECAY = 0.1
 DECAY_AT = 0.8
 
-Run = Callable[[], torch.Tensor]
+Run = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Work:
 class Peer:
     """A way to do the work.
 
-    `prepare(work, steps)` does all that is done once (conversion of the weights, compilation) and returns a
-    function that projects and returns the final errors [B, R]; only that function is timed.
+    `prepare(work)` does all that is done once (conversion of the weights, compilation) and returns a function
+    of the number of steps that projects and returns the final errors [B, R]; only that function is timed.
     """
 
     name: str
     precision: str
-    prepare: Callable[[Work, int], Run]
+    prepare: Callable[[Work], Run]
 
 
 class Unavailable(Exception):
@@ -70,13 +70,23 @@ def learning_rates(steps: int) -> list[float]:
 def ours(precision: str, backend: str = "cpu") -> Peer:
     """The kernels, through the public `Projector` and all of its overhead."""
 
-    def prepare(work: Work, steps: int) -> Run:
+    def prepare(work: Work) -> Run:
         from .. import Projector
 
-        projector = Projector(
-            work.generator, steps=steps, restarts=work.z0.shape[1], precision=precision, backend=backend
-        )
-        return lambda: projector.project(work.images, z0=work.z0).all_errors
+        projectors: dict[int, Projector] = {}
+
+        def run(steps: int) -> torch.Tensor:
+            if steps not in projectors:
+                projectors[steps] = Projector(
+                    work.generator,
+                    steps=steps,
+                    restarts=work.z0.shape[1],
+                    precision=precision,
+                    backend=backend,
+                )
+            return projectors[steps].project(work.images, z0=work.z0).all_errors
+
+        return run
 
     return Peer(f"defgan_fast {backend}", precision, prepare)
 
@@ -145,10 +155,8 @@ def _compiled_step(generator: nn.Module) -> Step:
     return torch.compile(step, fullgraph=True, dynamic=False)
 
 
-def _pytorch(
-    precision: str, layout: str, make_step: Callable[[nn.Module], Step]
-) -> Callable[[Work, int], Run]:
-    def prepare(work: Work, steps: int) -> Run:
+def _pytorch(precision: str, layout: str, make_step: Callable[[nn.Module], Step]) -> Callable[[Work], Run]:
+    def prepare(work: Work) -> Run:
         network = copy.deepcopy(work.generator).to(PRECISIONS[precision])
         if layout == "channels_last":
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -158,13 +166,12 @@ def _pytorch(
         images, z0 = rows_of(work)
         if layout == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
-        # Tensors, so that a compiled step does not specialise on a rate
-        rates = [torch.tensor(rate) for rate in learning_rates(steps)]
 
-        def run() -> torch.Tensor:
+        def run(steps: int) -> torch.Tensor:
             z, velocity = z0.clone(), torch.zeros_like(z0)
-            for rate in rates:
-                z, velocity = step(z, velocity, images, rate)
+            for rate in learning_rates(steps):
+                # A tensor, so that a compiled step does not specialise on the rate
+                z, velocity = step(z, velocity, images, torch.tensor(rate))
             with torch.no_grad():
                 return row_errors(work.generator, z, images).view(work.z0.shape[:2])
 
@@ -173,7 +180,7 @@ def _pytorch(
     return prepare
 
 
-def _jax(work: Work, steps: int) -> Run:
+def _jax(work: Work) -> Run:
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -182,7 +189,6 @@ def _jax(work: Work, steps: int) -> Run:
     images_torch, z0_torch = rows_of(work)
     images = jnp.asarray(images_torch.permute(0, 2, 3, 1).numpy())  # NHWC is what XLA's CPU kernels want
     z0 = jnp.asarray(z0_torch.numpy())
-    rates = jnp.asarray(learning_rates(steps), jnp.float32)
 
     def errors(z: Any, images: Any) -> Any:
         return jnp.square(network(z) - images).mean((1, 2, 3))
@@ -197,7 +203,8 @@ def _jax(work: Work, steps: int) -> Run:
         (z, _), _ = jax.lax.scan(step, (z, jnp.zeros_like(z)), rates)
         return errors(z, images)
 
-    def run() -> torch.Tensor:
+    def run(steps: int) -> torch.Tensor:
+        rates = jnp.asarray(learning_rates(steps), jnp.float32)
         found = project(z0, images, rates).block_until_ready()
         return torch.from_numpy(np.array(found)).view(work.z0.shape[:2])
 
