@@ -31,7 +31,7 @@ from .load import DISTURBED, OtherLoad
 
 REPETITIONS = 5
 STEPS = 200  # of the method
-CHECK_STEPS = 5
+CHECK_STEPS = 8
 CHECK_IMAGES = 10
 # Median over rows of the relative difference of the errors after CHECK_STEPS. float32 rounds by 6e-8 and each
 # step multiplies it by a few; bfloat16 by 4e-3 in every activation, so an error of the first steps moves by
