@@ -16,7 +16,7 @@ from pathlib import Path
 
 # No -std (torch adds the one it needs), no -march (each instruction set's file names its own target, and the
 # right one is chosen at run time), no -ffast-math (the same bits for every schedule need a fixed order of
-# sums). -g0 undoes the -g of Python's own build, which makes the module ten times larger and doubles the time;
+# sums). -g0 undoes the -g of Python's own build, which makes the module ten times larger and slow to build;
 # for a debugger there is CMakeLists.txt.
 COMPILE_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-pthread"]
 LINK_FLAGS = ["-pthread"]
