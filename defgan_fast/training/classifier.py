@@ -1,7 +1,7 @@
 """Training of classifiers A to F: Adam at 1e-3, batches of 128, 10 epochs, as in the released code.
 
-The classifier is trained on the images themselves (Defense-GAN-Orig in the paper). The optional deformation
-of the images is for the digits, whose training part is small.
+The classifier is trained on the images themselves (Defense-GAN-Orig in the paper). The optional changes of
+shape, contrast and noise are for the digits, whose training part is small.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from defgan_fast import models
-from defgan_fast.training.augment import random_affine
+from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
 
 
@@ -27,6 +27,7 @@ class ClassifierSettings:
     batch: int = 128
     lr: float = 1e-3
     augment: float = 0.0
+    corrupt: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,6 +38,8 @@ class ClassifierSettings:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if self.augment < 0:
             raise ValueError(f"augment must be at least 0, got {self.augment}")
+        if self.corrupt < 0:
+            raise ValueError(f"corrupt must be at least 0, got {self.corrupt}")
 
     def steps(self, images: int) -> int:
         """Number of batches in all epochs."""
@@ -80,6 +83,7 @@ class ClassifierTrainer:
         """One batch."""
         chosen = self.batches.next().to(self.device)
         images = random_affine(self.images[chosen], self.options.augment, self.random)
+        images = random_corruption(images, self.options.corrupt, self.random)
         self.model.train()
         logits = self.model(images)
         loss = F.cross_entropy(logits, self.labels[chosen])

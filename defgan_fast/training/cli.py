@@ -29,12 +29,12 @@ CLASSIFIER_FILE = "classifier.safetensors"
 # Where the settings of the paper do not fit: the digits' networks are half as wide, and 1,297 images need
 # deformations to speak for handwriting as a whole.
 GAN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"latent_size": 64, "width": 32, "critic_width": 32, "augment": 1.0},
+    "digits": {"latent_size": 64, "latent_floor": 0.125, "width": 32, "critic_width": 32, "augment": 1.0},
     "mnist": {},
     "fashion_mnist": {},
 }
 CLASSIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 60, "augment": 1.0},
+    "digits": {"epochs": 60, "augment": 1.0, "corrupt": 1.0},
     "mnist": {},
     "fashion_mnist": {},
 }
@@ -67,6 +67,9 @@ def add_parser(subparsers: Any) -> None:
     gan.add_argument("--lr-schedule", choices=("constant", "linear"), help="linear: to 0 at the last step")
     gan.add_argument("--penalty", type=float, help="weight of the gradient penalty (default: 10)")
     gan.add_argument("--latent-size", type=int, help="default: 128, digits 64")
+    gan.add_argument(
+        "--latent-floor", type=float, help="smallest factor of latents (default: 1, digits 0.125)"
+    )
     gan.add_argument("--width", type=int, help="generator's width d (default: 64, digits 32)")
     gan.add_argument("--critic-width", type=int, help="critic's width d (default: 64, digits 32)")
     gan.add_argument("--ema", type=float, help="decay of the averaged weights (default: 0.999)")
@@ -81,6 +84,9 @@ def add_parser(subparsers: Any) -> None:
     classifier.add_argument("--batch", type=int, help="images per batch (default: 128)")
     classifier.add_argument("--lr", type=float, help="Adam's rate (default: 1e-3)")
     classifier.add_argument("--augment", type=float, help="strength of deformations (default: 0, digits 1)")
+    classifier.add_argument(
+        "--corrupt", type=float, help="strength of paling and noise (default: 0, digits 1)"
+    )
     classifier.set_defaults(run=run_classifier)
 
 

@@ -3,8 +3,8 @@
 Five critic steps for each generator step, Adam at 1e-4 with betas 0.5 and 0.9, penalty 10, batches of 50: the
 settings of the released Defense-GAN code, except that its penalty takes the gradient's norm over one axis of
 the image only, where the method asks for the norm over all of them. On top of it: an exponential moving
-average of the generator's weights, which is what gets saved, an optional linear decay of the rate, and an
-optional deformation of the training images.
+average of the generator's weights, which is what gets saved, an optional linear decay of the rate, an
+optional deformation of the training images, and latents that may reach inwards to where projections start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from defgan_fast.training.batches import Batches
 class GanSettings:
     """Everything that decides a training run, apart from the data and the number of threads.
 
-    ``steps`` belongs to it because the linear schedule depends on the number of steps.
+    ``steps`` belongs to it because the linear schedule depends on the number of steps. Each latent is a draw
+    from N(0, I) times a factor uniform in [``latent_floor``, 1]. Projections start at N(0, I / k), where a
+    generator trained on N(0, I) alone, the floor of 1, knows only grey fog, and fog is what an adversarial
+    perturbation looks most like; a floor of k^-1/2 makes it draw digits there too.
     """
 
     steps: int = 200_000
@@ -36,6 +39,7 @@ class GanSettings:
     betas: tuple[float, float] = (0.5, 0.9)
     penalty: float = 10.0
     latent_size: int = 128
+    latent_floor: float = 1.0
     width: int = 64
     critic_width: int = 64
     ema: float = 0.999
@@ -50,6 +54,8 @@ class GanSettings:
             raise ValueError(f"lr must be above 0, got {self.lr}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        if not 0 <= self.latent_floor <= 1:
+            raise ValueError(f"latent_floor must lie in [0, 1], got {self.latent_floor}")
         if self.augment < 0:
             raise ValueError(f"augment must be at least 0, got {self.augment}")
         if self.lr_schedule not in ("constant", "linear"):
@@ -116,8 +122,13 @@ class WganGp:
         self.batches = Batches(len(images), settings.batch, self.random)
 
     def latents(self, count: int) -> torch.Tensor:
-        """[count, k] from N(0, 1)."""
-        return torch.randn(count, self.options.latent_size, generator=self.random).to(self.device)
+        """[count, k] from N(0, I), each times its own factor between the floor and 1."""
+        return self._draw(count, self.random).to(self.device)
+
+    def _draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        latents = torch.randn(count, self.options.latent_size, generator=generator)
+        floor = self.options.latent_floor
+        return latents * (floor + (1 - floor) * torch.rand(count, 1, generator=generator))
 
     def advance(self) -> dict[str, torch.Tensor]:
         """``critic_steps`` updates of the critic, then one of the generator and of its average."""
@@ -172,8 +183,7 @@ class WganGp:
     def samples(self, count: int = 64) -> torch.Tensor:
         """[count, C, H, W] images of the averaged generator, from the same latents at every call."""
         fixed = torch.Generator().manual_seed(self.options.seed)
-        latents = torch.randn(count, self.options.latent_size, generator=fixed)
-        return self.average(latents.to(self.device)).cpu()
+        return self.average(self._draw(count, fixed).to(self.device)).cpu()
 
     def state(self) -> dict[str, Any]:
         """Weights, average, optimisers, random state and data order."""

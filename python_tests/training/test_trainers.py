@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from defgan_fast import data, models
-from defgan_fast.training.augment import random_affine
+from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
 from defgan_fast.training.classifier import ClassifierSettings, ClassifierTrainer, accuracy
 from defgan_fast.training.cli import command
@@ -149,6 +149,8 @@ def test_augmentation():
         (lambda: GanSettings(lr_schedule="cosine"), r"lr_schedule must be constant or linear, got 'cosine'"),
         (lambda: ClassifierSettings(epochs=0), r"epochs must be at least 1, got 0"),
         (lambda: ClassifierSettings(augment=-1.0), r"augment must be at least 0, got -1.0"),
+        (lambda: ClassifierSettings(corrupt=-1.0), r"corrupt must be at least 0, got -1.0"),
+        (lambda: GanSettings(latent_floor=2.0), r"latent_floor must lie in \[0, 1\], got 2.0"),
     ],
 )
 def test_settings_refuse(settings, message):
@@ -164,3 +166,31 @@ def test_recorded_command_gives_the_same_settings():
     words = command("gan", "digits", settings).split()[1:]
     args = build_parser().parse_args(words)
     assert cli._settings(GanSettings, cli.GAN_DEFAULTS["digits"], args) == settings
+
+
+def test_corruption():
+    images = data.load("digits", split="validation").images[:30]
+    random = torch.Generator().manual_seed(0)
+    assert random_corruption(images, 0.0, random) is images
+    corrupted = random_corruption(images, 1.0, random)
+    assert corrupted.shape == images.shape
+    assert corrupted.min() >= 0
+    assert corrupted.max() <= 1
+    change = (corrupted - images).square().mean((1, 2, 3))
+    assert change.min() < 0.02 < change.max(), "every image has its own amount"
+    # The digits stay what they are: bright where they were bright.
+    assert all(c[i > 0.9].mean() > c[i < 0.1].mean() + 0.1 for c, i in zip(corrupted, images, strict=True))
+    assert torch.equal(
+        random_corruption(images, 1.0, torch.Generator().manual_seed(3)),
+        random_corruption(images, 1.0, torch.Generator().manual_seed(3)),
+    )
+
+
+def test_latents_reach_inwards_to_the_floor():
+    trainer = gan(latent_size=400, latent_floor=0.25)
+    norms = trainer.latents(500).norm(dim=1) / 400**0.5
+    assert 0.23 < norms.min() < 0.32
+    assert 0.9 < norms.max() < 1.1
+    assert norms.mean() == pytest.approx(0.625, abs=0.03)
+    plain = gan(latent_size=400).latents(500).norm(dim=1) / 400**0.5
+    assert plain.min() > 0.85
