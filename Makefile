@@ -93,7 +93,7 @@ $(TORCH_STAMP):
 
 $(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py MANIFEST.in defgan_fast/_build.py defgan_fast/_version.py
 	@echo 'Installing the package and compiling its kernels, once (one to three minutes)'
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
 	@touch $@
 
 # The installation has compiled everything; afterwards only what changed is compiled again.
@@ -102,5 +102,5 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 	@touch $@
 
 $(TOOLS): $(INSTALLED)
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	@touch $@
