@@ -283,7 +283,12 @@ def _verify(generator: nn.Module, plan: Plan, name: str) -> None:
             ) from error
         probe = _probe(twin, plan.latent_size)
         expected = decoder_of(twin, plan.latent_size)(probe)
-        got = run(plan, plan.tensors(twin), probe)
+        try:
+            got = run(plan, plan.tensors(twin), probe)
+        except Exception as error:
+            raise LoweringError(
+                f"generator {name} cannot be lowered: {str(error).splitlines()[0]}"
+            ) from error
     scale = expected.abs().max().item() + 1e-30
     if expected.shape != got.shape or not (expected - got).abs().max().item() <= 1e-9 * scale:
         raise LoweringError(f"generator {name} cannot be lowered: it does not compute what its layers say")
@@ -336,6 +341,7 @@ class _Builder(fx.Interpreter):
 
     def __init__(self, graph: fx.GraphModule, latent_size: int) -> None:
         super().__init__(graph, garbage_collect_values=False)
+        self.extra_traceback = False  # or fx adds lines of its own to our messages
         self.layers: list[Layer] = []
         self.shape: Shape = (latent_size, 1, 1)  # physical: of the last layer's output as the kernels hold it
         self.latent_size = latent_size
@@ -363,7 +369,7 @@ class _Builder(fx.Interpreter):
         except LoweringError:
             raise
         except Exception as error:
-            raise LoweringError(f"{_describe(n, None)} fails: {str(error).splitlines()[0]}") from error
+            raise LoweringError(f"{self._name(n)} fails: {str(error).splitlines()[0]}") from error
         if n.op == "placeholder":
             self.head = result
         elif n.op == "output":
@@ -382,6 +388,9 @@ class _Builder(fx.Interpreter):
             self.head = result
         return result
 
+    def _name(self, n: fx.Node) -> str:
+        return _describe(n, self.fetch_attr(str(n.target)) if n.op == "call_module" else None)
+
     def _finish(self, n: fx.Node, result: Any) -> None:
         if not isinstance(result, Tensor) or result is not self.head:
             raise LoweringError("its output is not the end of a chain of layers")
@@ -393,6 +402,9 @@ class _Builder(fx.Interpreter):
     def _add(self, n: fx.Node, module: nn.Module | None, x: Tensor, y: Tensor) -> None:
         unsupported = LoweringError(f"{_describe(n, module)} is not supported")
         name = str(n.target)
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            # Hooks may recompute weights (torch.nn.utils.weight_norm) or change tensors; no kernel runs them.
+            raise LoweringError(f"{_describe(n, module)} has forward hooks, which is not supported")
         if module is not None:
             if isinstance(module, nn.Linear):
                 self._linear(name, module, x, unsupported)
@@ -468,7 +480,11 @@ class _Builder(fx.Interpreter):
         first = len(self.layers)
         while first > 0 and self.layers[first - 1].is_elementwise:
             first -= 1
-        if first > 0 and self.layers[first - 1].kind == "linear":
+        # A norm per channel of an earlier shape holds that shape; then the elements are moved instead.
+        bound = any(
+            layer.norm is not None and layer.shape_out[1:] != (1, 1) for layer in self.layers[first - 1 :]
+        )
+        if first > 0 and self.layers[first - 1].kind == "linear" and not bound:
             linear = self.layers[first - 1]
             self.layers[first - 1] = replace(linear, shape_out=wanted)
             for i in range(first, len(self.layers)):
@@ -551,7 +567,7 @@ class _Builder(fx.Interpreter):
     def _activation(self, kind: str, slope: float, n: fx.Node) -> None:
         if not slope >= 0:
             raise LoweringError(
-                f"{_describe(n, None)} with negative_slope={slope} is not supported: it must be at least 0"
+                f"{self._name(n)} with negative_slope={slope} is not supported: it must be at least 0"
             )
         if not self.layers or self.layers[-1].activation != "identity" or self.layers[-1].kind == "reorder":
             self._append(Layer("map", self.shape, self.shape))

@@ -97,8 +97,7 @@ class Projector(nn.Module):
         _check_number("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)")
         _check_number("lr_decay", lr_decay, lambda v: v > 0, "a positive number")
         _check_number("decay_at", decay_at, lambda v: 0 <= v <= 1, "in [0, 1]")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
+        _check_seed(seed)
         _check_choice("precision", precision, ("auto", *_PRECISIONS))
         _check_choice("gradient", gradient, _GRADIENTS)
         _check_choice("backend", backend, _BACKENDS)
@@ -116,7 +115,7 @@ class Projector(nn.Module):
         self.max_rows = max_rows
         self.validate = validate
         self.latent_size = lowering.latent_size_of(generator)
-        self._plan, self._reason = self._lower()
+        self._plan, self._reason, self._range = self._lower()
         self._takes_maps = self.latent_size is not None and lowering.takes_maps(generator, self.latent_size)
         self._warned = False
         # Not a buffer: converting the module's dtype must not round them, and they are not state.
@@ -124,25 +123,26 @@ class Projector(nn.Module):
         if seed is not None and self.latent_size is not None:
             self._starts = ops.starting_points(seed, restarts, self.latent_size).to(self._device())
 
-    def _lower(self) -> tuple[Plan | None, str]:
-        if self.backend == "reference":
-            return None, "the reference backend was asked for"
+    def _lower(self) -> tuple[Plan | None, str, tuple[float, float] | None]:
+        """The plan that the kernels run, or None and why; and the range of the generator's pixels where known."""
         if self.backend == "cuda":
             raise RuntimeError('backend "cuda" is not available: this build has no CUDA kernels')
-        if not ops.kernels_available:
+        if self.backend == "cpu" and not ops.kernels_available:
+            raise RuntimeError(f'backend "cpu" is not available: {_extension.status()["reason"]}')
+        try:
+            if self.latent_size is None:
+                name = type(self.generator).__name__
+                raise LoweringError(f"generator {name} does not tell its latent size")
+            plan = lowering.lower(self.generator, self.latent_size)
+        except LoweringError as error:
             if self.backend == "cpu":
-                raise RuntimeError(f'backend "cpu" is not available: {_extension.status()["reason"]}')
-            return None, "the compiled kernels are not available"
-        if self.latent_size is None:
-            reason = f"generator {type(self.generator).__name__} does not tell its latent size"
-        else:
-            try:
-                return lowering.lower(self.generator, self.latent_size), ""
-            except LoweringError as error:
-                reason = str(error)
-        if self.backend == "cpu":
-            raise LoweringError(reason)
-        return None, reason
+                raise
+            return None, str(error), _sequential_range(self.generator)
+        if self.backend == "reference":
+            return None, "the reference backend was asked for", plan.output_range
+        if not ops.kernels_available:
+            return None, "the compiled kernels are not available", plan.output_range
+        return plan, "", plan.output_range
 
     # --- what users see ---------------------------------------------------------------------------------
 
@@ -171,7 +171,8 @@ class Projector(nn.Module):
             ValueError: shapes, devices or values do not fit; the message names the argument.
         """
         self._check(images, z0)
-        if self.generator.training:
+        _check_seed(seed)
+        if any(module.training for module in self.generator.modules()):
             self.generator.eval()
         start = self._start(images, z0, self.seed if seed is None else seed)
         rates = reference.learning_rates(self.steps, self.lr, self.lr_decay, self.decay_at)
@@ -239,6 +240,8 @@ class Projector(nn.Module):
                 reconstruction = ops.no_gradient(images, reconstruction)
             else:
                 chosen = _pick_start(start, restarts)
+                # Inference tensors cannot be kept for a backward pass.
+                parameters = [p.clone() if p.is_inference() else p for p in parameters]
                 reconstruction = ops.unrolled(
                     images, reconstruction, chosen, parameters, plan.text, rates, self.momentum
                 )
@@ -332,7 +335,7 @@ class Projector(nn.Module):
             raise ValueError("images must be finite")
         if not torch.isfinite(start).all():
             raise ValueError("z0 must be finite")
-        bounds = _output_range(self.generator)
+        bounds = self._range
         if bounds is None or images.numel() == 0:
             return
         low, high = images.min().item(), images.max().item()
@@ -385,8 +388,8 @@ class Projector(nn.Module):
             return z0
         if self.latent_size is None:
             raise ValueError(
-                f"generator {type(self.generator).__name__} does not tell its latent size: pass z0, or give it an "
-                "attribute latent_size"
+                f"generator {type(self.generator).__name__} does not tell its latent size: pass z0, or give it "
+                "an attribute latent_size"
             )
         if seed is None:
             shape = (images.shape[0], self.restarts, self.latent_size)
@@ -394,7 +397,10 @@ class Projector(nn.Module):
         starts = self._starts
         if starts is not None and seed == self.seed and starts.shape[0] == self.restarts:
             return starts
-        return torch.ops.defgan_fast.starting_points(seed, self.restarts, self.latent_size).to(images.device)
+        signed = (seed + 2**63) % 2**64 - 2**63  # an op's integers have 64 bits; the points depend on no more
+        return torch.ops.defgan_fast.starting_points(signed, self.restarts, self.latent_size).to(
+            images.device
+        )
 
 
 class _Unrolled(torch.autograd.Function):
@@ -436,13 +442,14 @@ def _pick_start(start: Tensor, restarts: Tensor) -> Tensor:
     return start[restarts] if start.dim() == 2 else _pick(start, restarts)
 
 
-def _output_range(generator: nn.Module) -> tuple[float, float] | None:
-    """The interval of a generator's pixels where its last module bounds them."""
-    last: nn.Module | None = None
-    for module in generator.modules():
-        if not any(True for _ in module.children()):
-            last = module
-    return {nn.Sigmoid: (0.0, 1.0), nn.Tanh: (-1.0, 1.0)}.get(type(last))  # type: ignore[arg-type]
+def _sequential_range(generator: nn.Module) -> tuple[float, float] | None:
+    """The interval of the pixels of a plain stack whose last layer bounds them; of any other module unknown."""
+    last: nn.Module = generator
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    if isinstance(last, nn.Sigmoid):
+        return 0.0, 1.0
+    return (-1.0, 1.0) if isinstance(last, nn.Tanh) else None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -454,6 +461,11 @@ def _check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
 
 
 def _check_number(name: str, value: Any, fits: Any, expected: str) -> None:

@@ -140,6 +140,12 @@ std::vector<Run> runs_of(const Links& links, bool backward) {
   return runs;
 }
 
+void drop_tap_schedule(Gemm& g) {
+  g.vertical.clear();
+  g.horizontal.clear();
+  g.phases = 1;
+}
+
 // Geometry of one direction: taps per destination, their order, the tap schedule.
 void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backward) {
   const Shape& source = backward ? l.out : l.in;
@@ -193,11 +199,7 @@ void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backwa
   // this regular) would be summed in another order than the taps; one run a set and dimension excludes it.
   for (size_t i = 1; i < g.horizontal.size(); ++i) suits = suits && g.horizontal[i].set != g.horizontal[i - 1].set;
   for (size_t i = 1; i < g.vertical.size(); ++i) suits = suits && g.vertical[i].set != g.vertical[i - 1].set;
-  if (!suits || (!backward && g.phases > 1) || destination.positions() < 4) {
-    g.vertical.clear();
-    g.horizontal.clear();
-    g.phases = 1;
-  }
+  if (!suits || (!backward && g.phases > 1) || destination.positions() < 4) drop_tap_schedule(g);
 }
 
 // weight(matrix, source channel, destination channel)
@@ -271,9 +273,17 @@ void pack_map(PackedLayer& packed, const std::vector<Parameter>& parameters) {
     }
 }
 
-// Lane-multiply-adds that the two forms of the last layer would take; the lesser wins.
+// Whether an input position gives the same matrix's product to several outputs (upsampling wider than the kernel).
+bool shares_products(const Links& links) {
+  for (size_t i = 1; i < links.links.size(); ++i)
+    if (links.links[i].set == links.links[i - 1].set && links.links[i].in == links.links[i - 1].in) return true;
+  return false;
+}
+
+// Lane-multiply-adds that the two forms of the last layer would take; the lesser wins. A column belongs to one
+// pixel at most, so that the pixel's gradient can be stored there.
 bool columns_are_cheaper(const Layer& l, const Links& ys, const Links& xs, int lanes) {
-  if (l.kind == Kind::kLinear) return false;
+  if (l.kind == Kind::kLinear || shares_products(ys) || shares_products(xs)) return false;
   const double links = double(ys.links.size()) * double(xs.links.size());
   const double taps = double(ys.sets.size()) * double(xs.sets.size());
   const double gather = links * l.in.c * round_up(l.out.c, lanes);
@@ -307,6 +317,8 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
       pack_weights(last.forward, table, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
       pack_bias(last.forward, bias, per_position ? positions : 1);
       link(last.backward, l, ys, xs, true);
+      // The image's gradient is in natural order, so only a schedule that reads that will do.
+      if (last.backward.phases > 1) drop_tap_schedule(last.backward);
       pack_weights(last.backward, table, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
     }
   } else {

@@ -29,7 +29,7 @@ void Barrier::wait() {
     return;
   }
   for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-    if (spins < 20000) relax();
+    if (spins < 1000) relax();
     else std::this_thread::yield();
   }
 }

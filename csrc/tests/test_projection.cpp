@@ -1,0 +1,335 @@
+// The projection on random plans, for every instruction set of the machine, against loops in double precision
+// written from the index rules alone; the same bits for any batch, chunk and number of threads. Made to run under
+// the address, undefined-behaviour and thread sanitizers.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cpu/projection.h"
+#include "check.h"
+
+using namespace defgan;
+using namespace defgan::cpu;
+
+namespace {
+
+std::mt19937 rng(7);
+int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); }
+float normal(double deviation) { return float(std::normal_distribution<double>(0, deviation)(rng)); }
+
+struct Network {
+  Plan plan;
+  std::vector<std::vector<float>> tensors;
+  std::vector<Parameter> parameters() const {
+    std::vector<Parameter> views;
+    for (const auto& t : tensors) views.push_back({t.data(), int64_t(t.size())});
+    return views;
+  }
+};
+
+int add(Network& n, int64_t count, double deviation, double mean = 0) {
+  n.tensors.emplace_back();
+  for (int64_t i = 0; i < count; ++i) n.tensors.back().push_back(float(mean + normal(deviation)));
+  return int(n.tensors.size()) - 1;
+}
+
+void add_norm(Network& n, Layer& l, int64_t count) {
+  l.norm.mean = add(n, count, 0.2);
+  l.norm.var = add(n, count, 0.1, 1);
+  for (float& v : n.tensors.back()) v = std::fabs(v) + 0.3f;
+  l.norm.weight = add(n, count, 0.2, 1);
+  l.norm.bias = between(0, 1) ? add(n, count, 0.2) : -1;
+  l.norm.eps = 1e-5;
+}
+
+Activation random_activation() {
+  const Activation all[] = {Activation::kIdentity, Activation::kRelu, Activation::kLeakyRelu, Activation::kSigmoid,
+                            Activation::kTanh};
+  return all[between(0, 4)];
+}
+
+Network random_network() {
+  Network n;
+  const int k = between(1, 40);
+  Shape shape{k, 1, 1};
+  const int layers = between(1, 5);
+  for (int i = 0; i < layers; ++i) {
+    Layer l;
+    l.in = shape;
+    const int choice = i == 0 ? between(0, 1) * 6 : between(0, 5);
+    if (choice == 0 || shape.positions() == 1) {
+      l.kind = Kind::kLinear;
+      l.out = between(0, 2) ? Shape{between(1, 40), between(1, 4), between(1, 4)} : Shape{between(1, 90), 1, 1};
+      l.weight = add(n, l.in.elements() * l.out.elements(), 1.2 / std::sqrt(double(l.in.elements())));
+      l.bias = between(0, 1) ? add(n, l.out.elements(), 0.3) : -1;
+      if (between(0, 2) == 0) add_norm(n, l, between(0, 1) ? l.out.elements() : l.out.c);
+    } else if (choice <= 2) {
+      l.kind = Kind::kConvTranspose;
+      l.kernel = {between(1, 5), between(1, 5)};
+      l.stride = {between(1, 3), between(1, 3)};
+      l.pad = {between(-1, 2), between(-1, 2)};
+      l.out = {between(1, 40), std::min(14, std::max(1, (l.in.h - 1) * l.stride.h + l.kernel.h - between(0, 3))),
+               std::min(30, std::max(1, (l.in.w - 1) * l.stride.w + l.kernel.w - between(0, 3)))};
+    } else if (choice == 3) {
+      l.kind = Kind::kConv;
+      l.kernel = {between(1, 5), between(1, 4)};
+      l.stride = {between(1, 2), between(1, 2)};
+      l.upsample = {between(1, 3), between(1, 2)};
+      l.pad = {between(0, 2), between(-1, 2)};
+      l.out = {between(1, 40), std::max(1, l.in.h * l.upsample.h / l.stride.h - between(0, 1)),
+               std::max(1, l.in.w * l.upsample.w / l.stride.w - between(0, 1))};
+    } else if (choice == 4) {
+      l.kind = Kind::kMap;
+      l.upsample = {between(1, 2), between(1, 3)};
+      l.pad = {between(0, std::min(1, l.in.h - 1)), 0};
+      l.out = {l.in.c, std::max(1, l.in.h * l.upsample.h - l.pad.h - between(0, 1)), l.in.w * l.upsample.w};
+      if (between(0, 1)) add_norm(n, l, l.out.c);
+    } else {
+      l.kind = Kind::kReorder;
+      l.out = {l.in.h, l.in.w, l.in.c};
+    }
+    if (l.kind == Kind::kConv || l.kind == Kind::kConvTranspose) {
+      const int64_t taps = int64_t(l.kernel.h) * l.kernel.w;
+      l.weight = add(n, taps * l.in.c * l.out.c, 1.2 / std::sqrt(double(l.in.c) * std::max(1.0, taps / 3.0)));
+      l.bias = between(0, 1) ? add(n, l.out.c, 0.3) : -1;
+      if (between(0, 2) == 0) add_norm(n, l, l.out.c);
+    }
+    if (l.kind != Kind::kReorder) {
+      l.activation = random_activation();
+      l.slope = 0.2f;
+    }
+    n.plan.layers.push_back(l);
+    shape = l.out;
+  }
+  n.plan.image = shape;
+  return n;
+}
+
+// --- the same in double, position by position ------------------------------------------------------------
+
+double apply(const Layer& l, double x) {
+  switch (l.activation) {
+    case Activation::kRelu: return x > 0 ? x : 0;
+    case Activation::kLeakyRelu: return x > 0 ? x : double(l.slope) * x;
+    case Activation::kSigmoid: return 1 / (1 + std::exp(-x));
+    case Activation::kTanh: return std::tanh(x);
+    default: return x;
+  }
+}
+double derivative(const Layer& l, double y) {
+  switch (l.activation) {
+    case Activation::kRelu: return y > 0;
+    case Activation::kLeakyRelu: return y > 0 ? 1 : double(l.slope);
+    case Activation::kSigmoid: return y * (1 - y);
+    case Activation::kTanh: return 1 - y * y;
+    default: return 1;
+  }
+}
+
+// use(input element, output element, weight) for every product of a layer
+template <class Use>
+void products(const Network& n, const Layer& l, const Use& use) {
+  const auto in = [&](int c, int y, int x) { return (int64_t(c) * l.in.h + y) * l.in.w + x; };
+  const auto out = [&](int c, int y, int x) { return (int64_t(c) * l.out.h + y) * l.out.w + x; };
+  if (l.kind == Kind::kReorder) {
+    for (int64_t e = 0; e < l.in.elements(); ++e) use(e, e, 1.0);
+    return;
+  }
+  if (l.kind == Kind::kMap) {
+    for (int c = 0; c < l.out.c; ++c)
+      for (int y = 0; y < l.out.h; ++y)
+        for (int x = 0; x < l.out.w; ++x)
+          use(in(c, (y + l.pad.h) / l.upsample.h, (x + l.pad.w) / l.upsample.w), out(c, y, x), 1.0);
+    return;
+  }
+  const std::vector<float>& w = n.tensors[size_t(l.weight)];
+  if (l.kind == Kind::kLinear) {
+    for (int64_t i = 0; i < l.in.elements(); ++i)
+      for (int64_t o = 0; o < l.out.elements(); ++o) use(i, o, double(w[size_t(o * l.in.elements() + i)]));
+    return;
+  }
+  for (int ci = 0; ci < l.in.c; ++ci)
+    for (int co = 0; co < l.out.c; ++co)
+      for (int ky = 0; ky < l.kernel.h; ++ky)
+        for (int kx = 0; kx < l.kernel.w; ++kx) {
+          const int64_t pair = l.kind == Kind::kConv ? int64_t(co) * l.in.c + ci : int64_t(ci) * l.out.c + co;
+          const double weight = double(w[size_t((pair * l.kernel.h + ky) * l.kernel.w + kx)]);
+          if (l.kind == Kind::kConvTranspose) {
+            for (int y = 0; y < l.in.h; ++y)
+              for (int x = 0; x < l.in.w; ++x) {
+                const int oy = l.stride.h * y + ky - l.pad.h, ox = l.stride.w * x + kx - l.pad.w;
+                if (oy >= 0 && oy < l.out.h && ox >= 0 && ox < l.out.w) use(in(ci, y, x), out(co, oy, ox), weight);
+              }
+          } else {
+            for (int y = 0; y < l.out.h; ++y)
+              for (int x = 0; x < l.out.w; ++x) {
+                const int uy = l.stride.h * y + ky - l.pad.h, ux = l.stride.w * x + kx - l.pad.w;
+                if (uy >= 0 && uy < l.in.h * l.upsample.h && ux >= 0 && ux < l.in.w * l.upsample.w)
+                  use(in(ci, uy / l.upsample.h, ux / l.upsample.w), out(co, y, x), weight);
+              }
+          }
+        }
+}
+
+struct Affine {
+  double scale = 1, shift = 0;
+};
+Affine affine(const Network& n, const Layer& l, int64_t element) {
+  if (!l.norm.present()) return {};
+  const auto at = [&](int index) {
+    const auto& t = n.tensors[size_t(index)];
+    const bool per_element = int64_t(t.size()) == l.out.elements() && l.out.positions() > 1;
+    return double(t[size_t(per_element ? element : element / l.out.positions())]);
+  };
+  const double scale = (l.norm.weight < 0 ? 1 : at(l.norm.weight)) / std::sqrt(at(l.norm.var) + l.norm.eps);
+  return {scale, (l.norm.bias < 0 ? 0 : at(l.norm.bias)) - at(l.norm.mean) * scale};
+}
+
+std::vector<std::vector<double>> forward(const Network& n, const std::vector<double>& z) {
+  std::vector<std::vector<double>> values = {z};
+  for (const Layer& l : n.plan.layers) {
+    std::vector<double> y(size_t(l.out.elements()), 0.0);
+    products(n, l, [&](int64_t i, int64_t o, double w) { y[size_t(o)] += w * values.back()[size_t(i)]; });
+    for (int64_t o = 0; o < l.out.elements(); ++o) {
+      if (l.bias >= 0)
+        y[size_t(o)] += double(n.tensors[size_t(l.bias)][size_t(l.kind == Kind::kLinear ? o : o / l.out.positions())]);
+      const Affine a = affine(n, l, o);
+      y[size_t(o)] = apply(l, y[size_t(o)] * a.scale + a.shift);
+    }
+    values.push_back(y);
+  }
+  return values;
+}
+
+std::vector<double> gradient(const Network& n, const std::vector<double>& z, const std::vector<float>& target) {
+  const auto values = forward(n, z);
+  std::vector<double> g(values.back().size());
+  for (size_t i = 0; i < g.size(); ++i) g[i] = 2 * (values.back()[i] - double(target[i])) / double(g.size());
+  for (size_t layer = n.plan.layers.size(); layer-- > 0;) {
+    const Layer& l = n.plan.layers[layer];
+    for (int64_t o = 0; o < l.out.elements(); ++o)
+      g[size_t(o)] *= derivative(l, values[layer + 1][size_t(o)]) * affine(n, l, o).scale;
+    std::vector<double> before(size_t(l.in.elements()), 0.0);
+    products(n, l, [&](int64_t i, int64_t o, double w) { before[size_t(i)] += w * g[size_t(o)]; });
+    g = before;
+  }
+  return g;
+}
+
+// --- the comparison --------------------------------------------------------------------------------------
+
+struct Result {
+  std::vector<float> latents, errors;
+  bool operator==(const Result& o) const {
+    return std::memcmp(latents.data(), o.latents.data(), latents.size() * 4) == 0 &&
+           std::memcmp(errors.data(), o.errors.data(), errors.size() * 4) == 0;
+  }
+};
+
+Result run(const PackedGenerator& g, const std::vector<float>& images, const std::vector<float>& start, int count,
+           int restarts, const std::vector<float>& rates, int threads, int64_t max_rows) {
+  Result r;
+  r.latents.assign(size_t(count) * size_t(restarts) * size_t(g.plan.latent_size()), NAN);
+  r.errors.assign(size_t(count) * size_t(restarts), NAN);
+  ProjectArgs args{};
+  args.images = images.data();
+  args.start = start.data();
+  args.start_per_image = false;
+  args.images_count = count;
+  args.restarts = restarts;
+  args.rates = rates.data();
+  args.steps = int(rates.size());
+  args.momentum = 0.7f;
+  args.threads = threads;
+  args.max_rows = max_rows;
+  args.latents = r.latents.data();
+  args.errors = r.errors.data();
+  project(g, args);
+  return r;
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+void compare(const Network& n, const InstructionSet& set, int trial) {
+  const int k = n.plan.latent_size(), count = between(1, 4), restarts = between(1, 9);
+  const size_t pixels = size_t(n.plan.image.elements());
+  std::vector<float> images, start;
+  for (size_t i = 0; i < size_t(count) * pixels; ++i) images.push_back(normal(0.5));
+  for (int i = 0; i < restarts * k; ++i) start.push_back(normal(1 / std::sqrt(double(k))));
+  const auto packed = pack(n.plan, n.parameters(), set, Precision::kFloat32);
+  const auto narrow = pack(n.plan, n.parameters(), set, Precision::kBfloat16);
+
+  // One step with a rate that moves a latent by about its length: start - latent = rate * gradient.
+  const float rate = 5.0f;
+  const Result one = run(*packed, images, start, count, restarts, {rate}, 1, 0);
+  const Result coarse = run(*narrow, images, start, count, restarts, {rate}, 1, 0);
+  std::vector<double> gaps, coarse_gaps, losses;
+  for (int row = 0; row < count * restarts; ++row) {
+    const std::vector<double> z(start.begin() + row % restarts * k, start.begin() + (row % restarts + 1) * k);
+    const std::vector<float> target(images.begin() + int64_t(row / restarts) * int64_t(pixels),
+                                    images.begin() + int64_t(row / restarts + 1) * int64_t(pixels));
+    const auto g = gradient(n, z, target);
+    double gap = 0, coarse_gap = 0, norm = 1e-30;
+    std::vector<double> moved;
+    for (int i = 0; i < k; ++i) {
+      const size_t at = size_t(row) * size_t(k) + size_t(i);
+      const double expected = z[size_t(i)] - double(rate) * g[size_t(i)];
+      gap += std::pow(double(one.latents[at]) - expected, 2);
+      coarse_gap += std::pow(double(coarse.latents[at]) - expected, 2);
+      norm += std::pow(double(rate) * g[size_t(i)], 2) + 1e-6 * z[size_t(i)] * z[size_t(i)];
+      moved.push_back(double(one.latents[at]));
+    }
+    gaps.push_back(std::sqrt(gap / norm));
+    coarse_gaps.push_back(std::sqrt(coarse_gap / norm));
+    const auto image = forward(n, moved).back();
+    double loss = 0;
+    for (size_t p = 0; p < pixels; ++p) loss += std::pow(image[p] - double(target[p]), 2) / double(pixels);
+    losses.push_back(std::fabs(double(one.errors[size_t(row)]) - loss) / (loss + 1e-9));
+  }
+  CHECK(median(gaps) < 1e-4, "%s, trial %d: gradient off by %g", set.name, trial, median(gaps));
+  CHECK(median(losses) < 1e-5, "%s, trial %d: loss off by %g", set.name, trial, median(losses));
+  CHECK(median(coarse_gaps) < 0.3, "%s, trial %d: bfloat16 gradient off by %g", set.name, trial, median(coarse_gaps));
+
+  const std::vector<float> rates = {0.5f, 0.5f, 0.1f};
+  for (const auto& g : {packed, narrow}) {
+    const Result whole = run(*g, images, start, count, restarts, rates, 1, 0);
+    for (const int threads : {2, 3, 4})
+      CHECK(run(*g, images, start, count, restarts, rates, threads, 0) == whole, "%s, trial %d: %d threads", set.name,
+            trial, threads);
+    for (const int64_t max_rows : {1, 2, 5})
+      CHECK(run(*g, images, start, count, restarts, rates, 2, max_rows) == whole, "%s, trial %d: max_rows %d", set.name,
+            trial, int(max_rows));
+    std::vector<float> decoded(size_t(count * restarts) * pixels, NAN), single(pixels, NAN);
+    decode(*g, whole.latents.data(), count * restarts, 2, 0, decoded.data());
+    for (int row = 0; row < count * restarts; ++row) {
+      decode(*g, whole.latents.data() + int64_t(row) * k, 1, 1, 0, single.data());
+      CHECK(std::memcmp(single.data(), decoded.data() + size_t(row) * pixels, pixels * 4) == 0, "%s, trial %d: decode",
+            set.name, trial);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int trials = argc > 1 ? std::atoi(argv[1]) : 40;
+  for (int trial = 0; trial < trials; ++trial) {
+    const Network network = random_network();
+    const int before = failures();
+    for (const std::string& name : supported_instruction_sets()) compare(network, instruction_set(name), trial);
+    if (failures() == before) continue;
+    std::printf("trial %d was\n", trial);
+    for (const Layer& l : network.plan.layers)
+      std::printf("  %s %dx%dx%d -> %dx%dx%d kernel %dx%d stride %dx%d pad %dx%d upsample %dx%d %s bias %d norm %d\n",
+                  name_of(l.kind), l.in.c, l.in.h, l.in.w, l.out.c, l.out.h, l.out.w, l.kernel.h, l.kernel.w,
+                  l.stride.h, l.stride.w, l.pad.h, l.pad.w, l.upsample.h, l.upsample.w, name_of(l.activation), l.bias,
+                  l.norm.mean);
+  }
+  return report("test_projection");
+}
