@@ -191,7 +191,8 @@ def run(plan: Plan, tensors: Sequence[Tensor], latents: Tensor) -> Tensor:
             x = x.reshape(len(x), *layer.shape_out)
         if layer.norm is not None:
             mean, var, gamma, beta = map(get, layer.norm)
-            assert mean is not None and var is not None
+            assert mean is not None
+            assert var is not None
             scale = (var + layer.eps).rsqrt() * (1.0 if gamma is None else gamma)
             shift = (0.0 if beta is None else beta) - mean * scale
             per_element = mean.numel() == math.prod(layer.shape_out)

@@ -6,6 +6,7 @@ for each call the precision, the starting points and how the gradient flows; the
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -363,11 +364,8 @@ class Projector(nn.Module):
     # --- small things -----------------------------------------------------------------------------------
 
     def _device(self) -> torch.device | None:
-        for tensor in self.generator.parameters():
-            return tensor.device
-        for tensor in self.generator.buffers():
-            return tensor.device
-        return None
+        tensors = itertools.chain(self.generator.parameters(), self.generator.buffers())
+        return next((tensor.device for tensor in tensors), None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projector:
         super()._apply(fn, recurse)
