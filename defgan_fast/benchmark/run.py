@@ -21,7 +21,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from .. import reference
+from .. import _extension, reference
 from ..info import environment
 from . import peers
 from .flops import flop_per_step
@@ -146,10 +146,12 @@ def measure(
     loads = [load.cores]
     measured: list[tuple[Case, list[_Timing]]] = []
     skipped: dict[str, str] = {}
+    if _extension.module() is None:
+        skipped["defgan_fast"] = _extension.status()["reason"]
     for case in cases:
         work = problem(generator, case.images, case.restarts)
         torch.compiler.reset()  # a function compiled for too many shapes is no longer compiled at all
-        candidates = [peers.ours(case.precision)]
+        candidates = [] if "defgan_fast" in skipped else [peers.ours(case.precision)]
         others = peers.pytorch_peers(compiled) + peers.jax_peers()
         candidates += [peer for peer in others if peer.precision == case.precision]
         with OtherLoad() as load:
