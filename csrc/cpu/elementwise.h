@@ -198,22 +198,22 @@ struct Elementwise {
   }
 
   static double multiply_adds(int64_t rounds) {
-    typename V::T acc[12];
-    for (int i = 0; i < 12; ++i) acc[i] = V::zero();
+    // Twelve named accumulators: an array would be kept in memory, and the stores would be the limit.
     float values[2][16];
     for (int i = 0; i < 16; ++i) values[0][i] = values[1][i] = 1e-3f;
     const typename V::T x = V::load(values[0]), y = V::load(values[1]);
-    for (int64_t r = 0; r < rounds; ++r)
-      for (int unrolled = 0; unrolled < 8; ++unrolled) {
-        DEFGAN_UNROLL(12)
-        for (int i = 0; i < 12; ++i) {
-          acc[i] = S::mac(acc[i], x, y);
-          V::keep(acc[i]);
-        }
-      }
-    float sink[16];
-    for (int i = 0; i < 12; ++i) V::store(sink, acc[i]);
-    return rounds * 8 * 12 * 2.0 * kLanes * (S::kChannels / kUnitFloats) * 1e-9;
+    typename V::T a = V::zero(), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
+    const auto step = [&](typename V::T& acc) __attribute__((always_inline)) {
+      acc = S::mac(acc, x, y);
+      V::keep(acc);
+    };
+    for (int64_t r = 0; r < rounds * 8; ++r) {
+      step(a), step(b), step(c), step(d), step(e), step(f);
+      step(g), step(h), step(i), step(j), step(k), step(l);
+    }
+    V::store(values[0], V::add(V::add(V::add(a, b), V::add(c, d)), V::add(V::add(e, f), V::add(g, h))));
+    V::store(values[1], V::add(V::add(i, j), V::add(k, l)));
+    return double(rounds) * 8 * 12 * 2.0 * kLanes * (S::kChannels / kUnitFloats) * 1e-9;
   }
 
   static void fill(KernelTable& table) {
