@@ -414,7 +414,7 @@ class _Builder(fx.Interpreter):
             elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
                 self._norm(n, name, module, x)
             elif isinstance(module, nn.Upsample):
-                self._upsample(module.mode, x, y, unsupported)
+                self._upsample(n, module.mode, x, y, unsupported)
             elif isinstance(module, nn.Flatten | nn.Unflatten):
                 pass  # the elements keep their order, and the kernels their layout until a layer needs another
             elif isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Identity):
@@ -574,8 +574,10 @@ class _Builder(fx.Interpreter):
             self._append(Layer("map", self.shape, self.shape))
         self.layers[-1] = replace(self.layers[-1], activation=kind, slope=slope)
 
-    def _upsample(self, mode: str, x: Tensor, y: Tensor, unsupported: LoweringError) -> None:
-        if mode not in ("nearest", "nearest-exact") or x.dim() != 4:
+    def _upsample(self, n: fx.Node, mode: str, x: Tensor, y: Tensor, unsupported: LoweringError) -> None:
+        if mode not in ("nearest", "nearest-exact"):
+            raise LoweringError(f"{self._name(n)} with mode={mode!r} is not supported")
+        if x.dim() != 4:
             raise unsupported
         if y.shape[2] % x.shape[2] or y.shape[3] % x.shape[3]:
             raise unsupported

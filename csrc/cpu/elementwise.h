@@ -254,22 +254,28 @@ struct Image {
 
   static void gradient(const ImageArgs& g) {
     const typename V::T scale = V::all(2.0f / float(g.pixels));
-    const int64_t stride = int64_t(g.rows) * kUnitFloats;
-    float delta[256];
     for (int row = 0; row < g.rows; ++row) {
-      const float* image = g.image + int64_t(row) * g.pixel_stride;
-      const float* target = g.target + int64_t(row) * g.pixel_stride;
-      float* gradient = g.gradient + int64_t(row) * kUnitFloats;
-      for (int begin = g.pixel_begin; begin < g.pixel_end; begin += 256) {
-        const int end = begin + 256 < g.pixel_end ? begin + 256 : g.pixel_end;
-        for (int p = begin; p < end; p += kLanes) {
-          const typename V::T y = V::load(image + p);
-          const typename V::T e = V::mul(scale, V::sub(y, V::load(target + p)));
-          V::store(delta + p - begin, times_derivative<V>(e, y, g.activation, g.slope));
-        }
-        for (int p = begin; p < end; ++p)
-          for (int e = g.entry_begin[p]; e < g.entry_begin[p + 1]; ++e)
-            gradient[g.entries[e].place * stride + g.entries[e].lane] = delta[p - begin];
+      const int64_t start = int64_t(row) * g.pixel_stride;
+      for (int p = g.pixel_begin; p < g.pixel_end; p += kLanes) {
+        const typename V::T y = V::load(g.image + start + p);
+        const typename V::T e = V::mul(scale, V::sub(y, V::load(g.target + start + p)));
+        V::store(g.delta + start + p, times_derivative<V>(e, y, g.activation, g.slope));
+      }
+    }
+  }
+
+  static void scatter(const float* delta, int pixel_stride, int rows, const PixelRun* begin, const PixelRun* end,
+                      float* columns) {
+    const int64_t stride = int64_t(rows) * kUnitFloats;
+    for (int row = 0; row < rows; ++row) {
+      const float* from = delta + int64_t(row) * pixel_stride;
+      float* to = columns + int64_t(row) * kUnitFloats;
+      for (const PixelRun* run = begin; run != end; ++run) {
+        const float* s = from + run->pixel;
+        float* d = to + run->place * stride + run->lane;
+        int left = run->count;
+        for (; left >= 4; left -= 4, s += 4, d += 4) __builtin_memcpy(d, s, 16);
+        for (; left > 0; --left) *d++ = *s++;
       }
     }
   }
@@ -306,6 +312,7 @@ struct Image {
   static void fill(ImageKernels& kernels) {
     kernels.forward = forward;
     kernels.gradient = gradient;
+    kernels.scatter = scatter;
     kernels.error = error;
     kernels.update = update;
   }

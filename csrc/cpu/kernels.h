@@ -108,14 +108,21 @@ struct PixelEntry {
   int32_t place;  // in units of rows: float offset (place * rows + row) * 16 + lane
   int32_t lane;
 };
+// Neighbouring lanes whose elements belong to neighbouring pixels; backward these get the pixels' gradients.
+struct PixelRun {
+  int32_t place;
+  int32_t lane;
+  int32_t pixel;
+  int32_t count;
+};
 struct ImageArgs {
   const float* columns;    // float32 units
-  float* gradient;         // float32 units of the same geometry: each entry gets its pixel's delta
   const int* entry_begin;  // per pixel
   const PixelEntry* entries;
   const float* bias;  // per pixel, or nullptr
   const float* target;
-  float* image;     // [row][pixel_stride]: the activated output
+  float* image;      // [row][pixel_stride]: the activated output
+  float* delta;      // [row][pixel_stride]: gradient of the error with respect to the last layer's sums
   int pixel_stride;  // multiple of 16; pixels beyond `pixels` are padding
   int pixels;
   int rows;
@@ -125,8 +132,11 @@ struct ImageArgs {
 };
 
 struct ImageKernels {
-  void (*forward)(const ImageArgs&);                        // columns -> image
-  void (*gradient)(const ImageArgs&);                       // image, target -> gradient (scaled by 2 / pixels)
+  void (*forward)(const ImageArgs&);   // columns -> image
+  void (*gradient)(const ImageArgs&);  // image, target -> delta
+  // delta -> columns' gradient (float32 units of the columns' geometry), runs [begin, end).
+  void (*scatter)(const float* delta, int pixel_stride, int rows, const PixelRun* begin, const PixelRun* end,
+                  float* columns);
   float (*error)(const float* image, const float* target, int pixels);  // mean squared error of one row
   // One momentum step: velocity = momentum * velocity + gradient; latent -= rate * velocity; units [u0, u1).
   void (*update)(float* latent, float* velocity, const float* gradient_units, int k, int rows, int u0, int u1,

@@ -330,7 +330,7 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
     for (const Link& y : ys.links)
       for (const Link& x : xs.links)
         for (int c = 0; c < l.out.c; ++c) {
-          const int column = (y.set * int(xs.sets.size()) + x.set) * m.out + c;
+          const int column = c * m.count + y.set * int(xs.sets.size()) + x.set;
           const int pixel = c * positions + y.out * l.out.w + x.out;
           pixels[size_t(pixel)].push_back({(column / 16) * in_positions + y.in * l.in.w + x.in, column % 16});
         }
@@ -348,14 +348,33 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
     }
     last.forward.source_channels = last.backward.destination_channels = l.in.c;
     last.forward.destination_channels = last.backward.source_channels = columns;
-    pack_weights(last.forward, table, [&](int, int ci, int column) { return m.at(column / m.out, ci)[column % m.out]; });
-    pack_weights(last.backward, table, [&](int, int column, int ci) { return m.at(column / m.out, ci)[column % m.out]; });
+    pack_weights(last.forward, table, [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
+    pack_weights(last.backward, table, [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
   }
   packed.entry_begin = {0};
   for (const auto& list : pixels) {
     packed.entries.insert(packed.entries.end(), list.begin(), list.end());
     packed.entry_begin.push_back(int(packed.entries.size()));
   }
+
+  for (size_t pixel = 0; pixel < pixels.size(); ++pixel)
+    for (const PixelEntry& e : pixels[pixel]) packed.runs.push_back({e.place, e.lane, int(pixel), 1});
+  std::sort(packed.runs.begin(), packed.runs.end(), [](const PixelRun& a, const PixelRun& b) {
+    return a.place != b.place ? a.place < b.place : a.lane < b.lane;
+  });
+  size_t kept = 0;
+  for (const PixelRun& run : packed.runs) {
+    if (kept > 0) {
+      PixelRun& before = packed.runs[kept - 1];
+      if (before.place == run.place && before.lane + before.count == run.lane &&
+          before.pixel + before.count == run.pixel) {
+        ++before.count;
+        continue;
+      }
+    }
+    packed.runs[kept++] = run;
+  }
+  packed.runs.resize(kept);
 }
 
 std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Parameter>& parameters,
@@ -402,7 +421,7 @@ std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Pa
 size_t PackedGenerator::bytes() const {
   size_t total = exact ? exact->bytes() : 0;
   for (const PackedLayer& l : layers) total += l.forward.weights.size() + l.backward.weights.size();
-  return total + entries.size() * sizeof(PixelEntry);
+  return total + entries.size() * sizeof(PixelEntry) + runs.size() * sizeof(PixelRun);
 }
 
 std::shared_ptr<const PackedGenerator> pack(const Plan& plan, const std::vector<Parameter>& parameters,

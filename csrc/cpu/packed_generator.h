@@ -88,11 +88,12 @@ struct PackedGenerator {
   std::shared_ptr<const PackedGenerator> exact;
 
   // The image is read from `image_places` x rows units that the last layer leaves: the output itself, or, where
-  // the image has few channels, one column for every (tap, channel) of an input position.
+  // the image has few channels, one column for every (channel, tap) of an input position.
   bool columns = false;
   int image_places = 0, image_units = 0;
   std::vector<int> entry_begin;
   std::vector<PixelEntry> entries;
+  std::vector<PixelRun> runs;  // the same, by column
   std::vector<float> pixel_bias;
 
   int pixels() const { return int(plan.image.elements()); }

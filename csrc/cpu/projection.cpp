@@ -28,7 +28,7 @@ int64_t buffer_bytes(const Shape& shape, int rows) {  // float32 units; bfloat16
 // One block's buffers; row counts vary, the capacity does not.
 struct Workspace {
   int capacity, rows = 0;
-  Buffer latent, velocity, gradient, start_units, image, target, columns, image_gradient, wide, scratch;
+  Buffer latent, velocity, gradient, start_units, image, target, image_delta, columns, image_gradient, wide, scratch;
   std::vector<Buffer> stored, delta;
 
   Workspace(const PackedGenerator& g, int capacity) : capacity(capacity) {
@@ -40,6 +40,7 @@ struct Workspace {
     start_units = Buffer(size_t(buffer_bytes({k, 1, 1}, capacity)));
     image = Buffer(size_t(capacity) * g.pixel_stride() * 4);
     target = Buffer(size_t(capacity) * g.pixel_stride() * 4);
+    image_delta = Buffer(size_t(capacity) * g.pixel_stride() * 4);
     const int places = std::max(g.image_places, g.float32().image_places);
     const int units = std::max(g.image_units, g.float32().image_units);
     columns = Buffer(size_t(places) * units * capacity * kUnitBytes);
@@ -70,7 +71,7 @@ struct Workspace {
 
 int64_t workspace_bytes(const PackedGenerator& g, int rows) {
   const Plan& plan = g.plan;
-  int64_t total = 4 * buffer_bytes({plan.latent_size(), 1, 1}, rows) + int64_t(2) * g.pixel_stride() * rows * 4;
+  int64_t total = 4 * buffer_bytes({plan.latent_size(), 1, 1}, rows) + int64_t(3) * g.pixel_stride() * rows * 4;
   total += int64_t(2) * g.image_places * g.image_units * rows * kUnitBytes;
   for (const Layer& l : plan.layers) total += buffer_bytes(l.out, rows);
   return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
@@ -100,8 +101,13 @@ class Block {
     store_latent(g_, int(u0), int(u1));
     for (int step = 0; step < args.steps; ++step) {
       forward(g_);
-      ImageArgs image = image_args(g_);
+      const ImageArgs image = image_args(g_);
       if (image.pixel_begin < image.pixel_end) image_.gradient(image);
+      me_.meet();
+      int64_t run0, run1;
+      me_.share(int64_t(g_.runs.size()), &run0, &run1);
+      image_.scatter(w_.image_delta.floats(), stride, rows, g_.runs.data() + run0, g_.runs.data() + run1,
+                     w_.image_gradient.floats());
       me_.meet();
       backward();
       image_.update(w_.latent.floats(), w_.velocity.floats(), w_.gradient.floats(), k, rows, int(u0), int(u1),
@@ -181,7 +187,7 @@ class Block {
   ImageArgs image_args(const PackedGenerator& g) const {
     ImageArgs a{};
     a.columns = w_.columns.floats();
-    a.gradient = w_.image_gradient.floats();
+    a.delta = w_.image_delta.floats();
     a.entry_begin = g.entry_begin.data();
     a.entries = g.entries.data();
     a.bias = g.pixel_bias.empty() ? nullptr : g.pixel_bias.data();
