@@ -1,0 +1,1 @@
+"""One file per experiment; the demonstration is the first."""
