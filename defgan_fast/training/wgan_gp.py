@@ -115,7 +115,7 @@ class WganGp:
             self.generator = models.Generator(settings.latent_size, settings.width, shape).to(self.device)
             self.critic = models.Critic(settings.critic_width, shape).to(self.device)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
-        adam = {"lr": settings.lr, "betas": settings.betas}
+        adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
         self.generator_optimiser = torch.optim.Adam(self.generator.parameters(), **adam)
         self.critic_optimiser = torch.optim.Adam(self.critic.parameters(), **adam)
         self.random = torch.Generator().manual_seed(settings.seed)
@@ -176,8 +176,8 @@ class WganGp:
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         for average, current in zip(self.average.parameters(), self.generator.parameters(), strict=True):
             average.lerp_(current, 1 - decay)
-        for average, current in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-            average.copy_(current)
+        for kept, buffer in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            kept.copy_(buffer)
 
     @torch.no_grad()
     def samples(self, count: int = 64) -> torch.Tensor:

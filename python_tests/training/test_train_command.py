@@ -1,0 +1,104 @@
+"""``defgan-fast train``: what it leaves behind, and that the weight files say how they came to be."""
+
+import csv
+import warnings
+
+import pytest
+from PIL import Image
+from torch import nn
+
+from defgan_fast import cli, data, weights
+from defgan_fast.training import cli as training
+from defgan_fast.training import quality
+
+
+def test_train_gan(tmp_path, capsys):
+    words = ["train", "gan", "--dataset", "digits", "--steps", "4", "--width", "3", "--critic-width", "2"]
+    words += ["--batch", "8", "--lr", "0.0001", "--sample-every", "2", "--seed", "5", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert f"4 steps; generator in {tmp_path / 'generator.safetensors'}" in capsys.readouterr().out
+    generator = weights.load_generator(tmp_path / "generator.safetensors")
+    assert generator.config == {"latent_size": 64, "width": 3, "image_shape": [1, 28, 28]}
+    card = weights.read_card(tmp_path / "generator.safetensors")
+    assert card["seed"] == 5
+    assert card["steps"] == 4
+    assert card["data_sha256"] == data.fingerprint(data.load("digits"))
+    for flag in ("--steps 4", "--seed 5", "--latent-floor 0.125", "--lr 0.0001", "--augment 1.0"):
+        assert flag in card["command"]
+    assert {"defgan_fast", "torch"} <= set(card)
+    samples = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert samples == ["step_000002.png", "step_000004.png"]
+    with Image.open(tmp_path / "samples" / samples[0]) as picture:
+        assert picture.size == ((8 * 29 + 1) * 3, (8 * 29 + 1) * 3)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert set(next(csv.DictReader(file))) >= {"step", "critic_distance", "penalty", "generator_loss"}
+    # A finished run: resuming does nothing and succeeds, starting again is refused.
+    assert cli.main([*words, "--resume"]) == 0
+    assert cli.main(words) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+
+
+def test_train_classifier(tmp_path, capsys):
+    words = ["train", "classifier", "--dataset", "digits", "--arch", "D", "--epochs", "20"]
+    words += ["--corrupt", "0", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    classifier = weights.load_classifier(tmp_path / "classifier.safetensors")
+    assert classifier.config["arch"] == "D"
+    card = weights.read_card(tmp_path / "classifier.safetensors")
+    assert "--arch D" in card["command"]
+    images, labels = data.load("digits", split="validation")
+    measured = (classifier(images).argmax(1) == labels).double().mean().item()
+    assert card["quality"]["accuracy_validation"] == pytest.approx(measured)
+    assert measured > 0.85
+    assert "accuracy on validation images" in capsys.readouterr().out
+
+
+def test_train_gan_may_end_early(tmp_path):
+    words = ["train", "gan", "--dataset", "digits", "--steps", "9", "--width", "2", "--critic-width", "2"]
+    words += ["--batch", "8", "--sample-every", "0", "--out", str(tmp_path)]
+    assert cli.main([*words, "--stop-at", "2"]) == 0
+    card = weights.read_card(tmp_path / "generator.safetensors")
+    assert card["steps"] == 2
+    assert "--stop-at 2" in card["command"]
+    assert "--steps 9" in card["command"]
+
+
+def test_train_weights(tmp_path, monkeypatch, capsys):
+    """The whole way to a shipped pair, with tiny networks."""
+    small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
+    monkeypatch.setitem(training.GAN_DEFAULTS, "digits", small)
+    monkeypatch.setitem(training.CLASSIFIER_DEFAULTS, "digits", {"arch": "E", "epochs": 2})
+    words = ["train", "weights", "--images", "3", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    generator = weights.load_generator(tmp_path / "digits_generator.safetensors")
+    assert generator.config["latent_size"] == 4
+    assert weights.load_classifier(tmp_path / "digits_classifier.safetensors").config["arch"] == "E"
+    for kind in ("generator", "classifier"):
+        card = weights.read_card(tmp_path / f"digits_{kind}.safetensors")
+        assert set(card["quality"]) == {"validation", "test"}
+        assert card["quality"]["test"]["images"] == 3
+        assert card["command"].startswith("defgan-fast train ")
+    assert "validation: images 3, reconstruction_error" in capsys.readouterr().out
+
+
+def test_quality_measures_what_it_says():
+    """A generator that knows the image exactly, and a classifier whose answers are known."""
+    images, labels = (part[:4] for part in data.load("digits", split="validation"))
+
+    class Constant(nn.Module):
+        latent_size = 2
+
+        def forward(self, latents):
+            return images[:1] + 0 * latents.sum(1).view(-1, 1, 1, 1)
+
+    classifier = weights.load_classifier("digits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = quality.measure(Constant(), classifier, data.Dataset(images, labels), steps=1, restarts=1)
+    errors = (images - images[:1]).square().mean((1, 2, 3))
+    assert found["reconstruction_error"] == pytest.approx(errors.mean().item(), rel=1e-5)
+    # Every reconstruction is the first image, whatever was asked for.
+    answer = classifier(images[:1]).argmax(1)
+    same = (labels == answer).double().mean().item()
+    assert found["accuracy_clean_defended"] == found["accuracy_attacked_defended"] == same
+    assert found["accuracy_clean"] == (classifier(images).argmax(1) == labels).double().mean().item()
