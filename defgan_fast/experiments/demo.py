@@ -33,8 +33,11 @@ EPSILON = 0.3
 ADAPTIVE_STEPS = 10
 # Every step of the adaptive attack is a whole projection, four times as long for a generator twice as wide.
 IMAGES_ADAPTIVE = {"digits": 20, "mnist": 5, "fashion_mnist": 5}
-# Calls stay short enough for a progress bar that moves and an interruption that is heard.
-SECONDS_PER_CALL = 1.5
+# Steps x restarts x parameters x images of one call, about a second on two cores: short enough for a progress
+# bar that moves and an interruption that is heard. Not measured as it goes: the classifier's last bits depend
+# on its batch, and the numbers must not depend on how busy the machine is.
+WORK_PER_CALL = 3.5e9
+LARGEST_GROUP = 64
 COLUMNS = 12
 NAME_WIDTH = 36
 GOOD, BAD, INK, PAPER = (0, 125, 60), (200, 30, 30), (40, 40, 40), (250, 250, 248)
@@ -96,12 +99,12 @@ def run(args: argparse.Namespace) -> int:
     total = 2 * len(images) + adaptive * (ADAPTIVE_STEPS + 1)
     with progress.bar(total, "projections", "image") as bar:
         started = time.perf_counter()
-        pace = _Pace(projector, bar)
-        clean_defended = pace.project(images)
-        attacked_defended = pace.project(attacked)
+        work = _Work(projector, bar)
+        clean_defended = work.project(images)
+        attacked_defended = work.project(attacked)
         seconds = (time.perf_counter() - started) / (2 * len(images))
-        broken = pace.attack(classifier, images[:adaptive], labels[:adaptive])
-        broken_defended = pace.project(broken)
+        broken = work.attack(classifier, images[:adaptive], labels[:adaptive])
+        broken_defended = work.project(broken)
 
     report = {
         "dataset": args.dataset,
@@ -131,54 +134,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Pace:
-    """Cuts work into calls of about ``SECONDS_PER_CALL``, learning how long a projection takes.
-
-    The projector's results do not depend on how images are grouped, so neither do the numbers.
-    """
+class _Work:
+    """Cuts projections and attacks into short calls of a fixed number of images, and moves the bar."""
 
     def __init__(self, projector: Projector, bar: tqdm) -> None:
         self.projector, self.bar = projector, bar
-        self.seconds_per_image = SECONDS_PER_CALL  # one image at first
-
-    def _group(self) -> int:
-        return max(1, int(SECONDS_PER_CALL / self.seconds_per_image))
-
-    def _done(self, images: int, started: float) -> None:
-        self.seconds_per_image = (time.perf_counter() - started) / images
-        self.bar.update(images)
+        parameters = sum(p.numel() for p in projector.generator.parameters())
+        work = projector.steps * projector.restarts * parameters
+        self.group = min(max(int(WORK_PER_CALL / work), 1), LARGEST_GROUP)
 
     def project(self, images: torch.Tensor) -> Reconstructions:
         """Project [N, C, H, W]."""
-        parts, position = [], 0
-        while position < len(images):
-            group = images[position : position + self._group()]
-            started = time.perf_counter()
+        parts = []
+        for group in images.split(self.group):
             with torch.no_grad():
                 result = self.projector.project(group)
             parts.append(Reconstructions(result.images, result.errors))
-            self._done(len(group), started)
-            position += len(group)
+            self.bar.update(len(group))
         return Reconstructions(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     def attack(self, classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """PGD through projector and classifier, [N, C, H, W] -> the same."""
         defended = nn.Sequential(self.projector, classifier).eval()
-        parts, position = [], 0
-        while position < len(images):
-            group = slice(position, position + self._group())
-            count = len(images[group])
-            started = time.perf_counter()
+        parts = []
+        for group, truth in zip(images.split(self.group), labels.split(self.group), strict=True):
 
-            def step_done(step: int, count: int = count) -> None:
-                nonlocal started
-                self._done(count, started)
-                started = time.perf_counter()
+            def step_done(step: int, count: int = len(group)) -> None:
+                self.bar.update(count)
 
-            parts.append(
-                pgd(defended, images[group], labels[group], EPSILON, ADAPTIVE_STEPS, on_step=step_done)
-            )
-            position += count
+            parts.append(pgd(defended, group, truth, EPSILON, ADAPTIVE_STEPS, on_step=step_done))
         return torch.cat(parts)
 
 
