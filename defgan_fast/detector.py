@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .projector import Projector
+from .projector import Projector, check_number
 
 
 class Detector(nn.Module):
@@ -48,11 +48,15 @@ class Detector(nn.Module):
         Returns:
             The detector itself.
         """
-        if not 0 < fpr < 1:
-            raise ValueError(f"fpr must be in (0, 1), got {fpr}")
+        check_number("fpr", fpr, lambda v: 0 < v < 1, "in (0, 1)")
         scores = self.score(clean_images)
         if scores.numel() == 0:
             raise ValueError("clean_images must hold at least one image, got 0")
+        unusable = int((~torch.isfinite(scores)).sum())
+        if unusable:
+            raise ValueError(
+                f"clean_images must have finite reconstruction errors, got {unusable} of {scores.numel()} that have not"
+            )
         allowed = math.floor(fpr * scores.numel())
         ordered = scores.sort().values
         self.threshold.copy_(ordered[scores.numel() - 1 - allowed])

@@ -434,9 +434,8 @@ class _Builder(fx.Interpreter):
             kind = _ACTIVATION_FUNCTIONS[target]
             self._activation(kind, float(slope) if kind == "leaky_relu" else 0.0, n)
         elif target is F.interpolate:
-            self._upsample(
-                keywords.get("mode", arguments[3] if len(arguments) > 3 else "nearest"), x, y, unsupported
-            )
+            mode = keywords.get("mode", arguments[3] if len(arguments) > 3 else "nearest")
+            self._upsample(n, mode, x, y, unsupported)
         elif target is F.dropout:
             if keywords.get("training", arguments[2] if len(arguments) > 2 else True):
                 raise LoweringError(f"{_describe(n, None)} is in training mode")

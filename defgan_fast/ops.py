@@ -159,7 +159,9 @@ def _no_gradient_backward(ctx: Any, gradient: Tensor) -> None:
 def _unrolled_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     images, _, z0, parameters, ctx.plan, ctx.lr_schedule, ctx.momentum = inputs
     ctx.count = len(parameters)
-    ctx.save_for_backward(images, z0, *parameters)
+    # Tensors made in inference mode cannot be kept for a backward pass; their copies can.
+    kept = (images, z0, *parameters)
+    ctx.save_for_backward(*(t.clone() if t.is_inference() else t for t in kept))
 
 
 def _unrolled_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,10 +95,10 @@ class Projector(nn.Module):
         _check_count("restarts", restarts)
         if max_rows is not None:
             _check_count("max_rows", max_rows)
-        _check_number("lr", lr, lambda v: v > 0, "a positive number")
-        _check_number("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)")
-        _check_number("lr_decay", lr_decay, lambda v: v > 0, "a positive number")
-        _check_number("decay_at", decay_at, lambda v: 0 <= v <= 1, "in [0, 1]")
+        check_number("lr", lr, lambda v: v > 0, "a positive number")
+        check_number("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)")
+        check_number("lr_decay", lr_decay, lambda v: v > 0, "a positive number")
+        check_number("decay_at", decay_at, lambda v: 0 <= v <= 1, "in [0, 1]")
         _check_seed(seed)
         _check_choice("precision", precision, ("auto", *_PRECISIONS))
         _check_choice("gradient", gradient, _GRADIENTS)
@@ -241,8 +242,6 @@ class Projector(nn.Module):
                 reconstruction = ops.no_gradient(images, reconstruction)
             else:
                 chosen = _pick_start(start, restarts)
-                # Inference tensors cannot be kept for a backward pass.
-                parameters = [p.clone() if p.is_inference() else p for p in parameters]
                 reconstruction = ops.unrolled(
                     images, reconstruction, chosen, parameters, plan.text, rates, self.momentum
                 )
@@ -262,7 +261,7 @@ class Projector(nn.Module):
         dtype = torch.float64 if precision == "float64" else torch.float32
         decoder = self._decoder(precision, images.device.type, dtype)
         targets, start = images.detach().to(dtype), start.detach().to(dtype)
-        self._check_output(decoder, images, start)
+        self._check_output(images, start)
         latents, errors = reference.project(
             decoder, targets, start, rates, self.momentum, self._rows_in_flight(images)
         )
@@ -311,8 +310,7 @@ class Projector(nn.Module):
         if images.dim() != 4:
             raise ValueError(f"images must have shape [B, C, H, W], got {list(images.shape)}")
         if self._plan is not None and tuple(images.shape[1:]) != self._plan.image_shape:
-            expected = ", ".join(map(str, self._plan.image_shape))
-            raise ValueError(f"images must have shape [B, {expected}], got {list(images.shape)}")
+            raise ValueError(self._shape_message(self._plan.image_shape, images))
         device = self._device()
         if device is not None and images.device != device:
             raise ValueError(f"images must be on the generator's device ({device}), got {images.device}")
@@ -346,20 +344,26 @@ class Projector(nn.Module):
                 f"images must lie in the generator's range [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]"
             )
 
-    def _check_output(self, decoder: reference.Decoder, images: Tensor, start: Tensor) -> None:
+    def _check_output(self, images: Tensor, start: Tensor) -> None:
         name = type(self.generator).__name__
+        z = start.reshape(-1, start.shape[-1])[:1].repeat(2, 1)
+        if len(z) == 0:
+            return
         with torch.no_grad():
-            own = next((p.dtype for p in self.generator.parameters() if p.is_floating_point()), start.dtype)
-            z = start.reshape(-1, start.shape[-1])[:1].to(own)
-            if len(z) == 0:
-                return
+            z = z.to(next((p.dtype for p in self.generator.parameters() if p.is_floating_point()), z.dtype))
             output = self.generator(z[:, :, None, None] if self._takes_maps else z)
         if not isinstance(output, Tensor):
             raise TypeError(f"generator {name} must return a tensor, got {type(output).__name__}")
-        if output.shape[1:] != images.shape[1:]:
+        if output.dim() != 4 or output.shape[0] != 2:
             raise ValueError(
-                f"generator {name} must return images of shape {list(images.shape[1:])}, got {list(output.shape[1:])}"
+                f"generator {name} must return images [N, C, H, W] for N latents, got {list(output.shape)} for 2"
             )
+        if output.shape[1:] != images.shape[1:]:
+            raise ValueError(self._shape_message(output.shape[1:], images))
+
+    def _shape_message(self, shape: Sequence[int], images: Tensor) -> str:
+        expected, name = ", ".join(map(str, shape)), type(self.generator).__name__
+        return f"images must have shape [B, {expected}], as generator {name} returns them, got {list(images.shape)}"
 
     # --- small things -----------------------------------------------------------------------------------
 
@@ -466,7 +470,7 @@ def _check_seed(seed: Any) -> None:
         raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
 
 
-def _check_number(name: str, value: Any, fits: Any, expected: str) -> None:
+def check_number(name: str, value: Any, fits: Any, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or not fits(value):

@@ -131,6 +131,8 @@ def unrolled_gradient(
     """
     with torch.inference_mode(False), torch.enable_grad():
         images, z0, gradient = images.detach().clone(), z0.detach().clone(), gradient.detach().clone()
+        if not len(images):
+            return torch.zeros_like(images)
         trajectory = descend(decoder, images, z0, lr_schedule, momentum)
         last = trajectory[-1][0].detach().requires_grad_()
         (to_latent,) = torch.autograd.grad(decoder(last), last, gradient)

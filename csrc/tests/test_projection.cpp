@@ -318,7 +318,7 @@ void compare(const Network& n, const InstructionSet& set, int trial) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int trials = argc > 1 ? std::atoi(argv[1]) : 40;
+  const int trials = argc > 1 ? std::atoi(argv[1]) : 25;
   for (int trial = 0; trial < trials; ++trial) {
     const Network network = random_network();
     const int before = failures();
