@@ -46,7 +46,7 @@ GAN_DEFAULTS: dict[str, dict[str, Any]] = {
     "fashion_mnist": {},
 }
 CLASSIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 60, "augment": 1.0, "corrupt": 1.0},
+    "digits": {"epochs": 80, "augment": 1.0, "corrupt": 1.5},
     "mnist": {},
     "fashion_mnist": {},
 }
@@ -98,12 +98,12 @@ def add_parser(subparsers: Any) -> None:
     classifier = jobs.add_parser("classifier", help="train one of the paper's classifiers")
     _common(classifier)
     classifier.add_argument("--arch", choices=ARCHITECTURES, help="architecture (default: F)")
-    classifier.add_argument("--epochs", type=int, help="passes over the data (default: 10, digits 60)")
+    classifier.add_argument("--epochs", type=int, help="passes over the data (default: 10, digits 80)")
     classifier.add_argument("--batch", type=int, help="images per batch (default: 128)")
     classifier.add_argument("--lr", type=float, help="Adam's rate (default: 1e-3)")
     classifier.add_argument("--augment", type=float, help="strength of deformations (default: 0, digits 1)")
     classifier.add_argument(
-        "--corrupt", type=float, help="strength of paling and noise (default: 0, digits 1)"
+        "--corrupt", type=float, help="strength of paling and noise (default: 0, digits 1.5)"
     )
     classifier.set_defaults(run=run_classifier)
 
