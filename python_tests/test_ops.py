@@ -69,37 +69,32 @@ def project_arguments(generator: nn.Module, images: Tensor, **changes) -> tuple:
 
 
 @kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_opcheck_project(generator: nn.Module, images: Tensor, dtype: torch.dtype) -> None:
-    op = torch.ops.defgan_fast.project.default
-    torch.library.opcheck(op, project_arguments(generator, images.to(dtype)))
-
-
-@kernels
-def test_opcheck_project_other_forms(generator: nn.Module, images: Tensor) -> None:
+def test_opcheck_project(generator: nn.Module, images: Tensor) -> None:
     op = torch.ops.defgan_fast.project.default
     for changes in (
-        {"z0": torch.randn(3, 4, K)},
-        {"images": images[:0]},
-        {"images": images[:1]},
-        {"images": images.to(memory_format=torch.channels_last), "precision": "bfloat16", "max_rows": 1},
-        {"lr_schedule": []},
+        {},
+        {"images": images[:0].bfloat16()},
+        {
+            "images": images.half().to(memory_format=torch.channels_last),
+            "z0": torch.randn(3, 4, K),
+            "max_rows": 1,
+        },
     ):
         torch.library.opcheck(op, project_arguments(generator, **{"images": images, **changes}))
 
 
 @kernels
-@pytest.mark.parametrize("rows", [0, 1, 5])
-def test_opcheck_decode(generator: nn.Module, rows: int) -> None:
+def test_opcheck_decode(generator: nn.Module) -> None:
     text, parameters = plan_of(generator)
-    torch.library.opcheck(torch.ops.defgan_fast.decode.default, (torch.randn(rows, K), parameters, text, 0))
+    for rows in (0, 5):
+        torch.library.opcheck(
+            torch.ops.defgan_fast.decode.default, (torch.randn(rows, K), parameters, text, 0)
+        )
 
 
 LAYOUTS = {
-    "contiguous": lambda x: x,
     "channels_last": lambda x: x.to(memory_format=torch.channels_last),
-    "strided": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "bfloat16": lambda x: x.bfloat16(),
+    "strided": lambda x: x.bfloat16().repeat_interleave(2, 3)[..., ::2],
     "empty": lambda x: x[:0],
 }
 
@@ -110,11 +105,9 @@ def test_opcheck_straight_through(layout: str) -> None:
     torch.library.opcheck(ops.straight_through, (x, torch.rand(x.shape).to(x.dtype)))
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_opcheck_no_gradient(layout: str) -> None:
+def test_opcheck_no_gradient() -> None:
     """Without a gradient, which would raise as it should."""
-    x = LAYOUTS[layout](torch.rand(3, 2, 4, 5))
-    torch.library.opcheck(ops.no_gradient, (x, torch.rand(x.shape).to(x.dtype)))
+    torch.library.opcheck(ops.no_gradient, (torch.rand(3, 2, 4, 5), torch.rand(3, 2, 4, 5)))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -133,8 +126,7 @@ def test_opcheck_unrolled(generator: nn.Module, images: Tensor, layout: str) -> 
 
 def test_opcheck_starting_points() -> None:
     op = torch.ops.defgan_fast.starting_points.default
-    torch.library.opcheck(op, (0, 3, 5))
-    torch.library.opcheck(op, (-7, 1, 2))
+    torch.library.opcheck(op, (-7, 3, 5))
     assert torch.equal(op(4, 3, 5), ops.starting_points(4, 3, 5))
 
 

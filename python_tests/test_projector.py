@@ -8,9 +8,12 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -390,6 +393,37 @@ def test_images_are_left_alone(images: Tensor, backend: str, gradient: str) -> N
     p.latents.zero_()
     assert torch.equal(z0, kept)
     assert torch.equal(projector.project(images).all_errors, p.all_errors)
+
+
+PEAK = """
+import resource, sys, torch
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+torch.set_num_threads(2)
+torch.ones(64, 64) @ torch.ones(64, 64)
+before = peak()
+sys.path.insert(0, sys.argv[1])
+from generators import PaperGenerator
+from defgan_fast import Projector
+projector = Projector(PaperGenerator(128, 64), steps=1, restarts=10, backend="cpu")
+projector(torch.rand(200, 1, 28, 28))
+print(peak() - before)
+"""
+
+
+@kernels
+def test_peak_memory() -> None:
+    """200 images x 10 restarts of the paper's generator: 300 MB above torch at most."""
+    out = subprocess.run(
+        [sys.executable, "-c", PEAK, str(Path(__file__).parent)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert float(out) < 300, f"{out} MB"
 
 
 # --- modes of the caller ------------------------------------------------------------------------------------
