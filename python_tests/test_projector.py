@@ -533,6 +533,29 @@ def test_inside_forked_workers(images: Tensor, backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_default_dtype_and_device_do_not_matter(images: Tensor, backend: str) -> None:
+    """The images and the generator say where and in what the work is done, not torch's defaults."""
+    generator = make_generator()
+    fixed, fresh = (
+        make_projector(generator, backend=backend),
+        make_projector(generator, backend=backend, seed=None),
+    )
+    expected = fixed.project(images)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert same(fixed.project(images), expected)
+        assert same(fixed.project(images, seed=0), expected)
+        assert same(make_projector(generator, backend=backend).project(images), expected)
+        assert fresh.project(images).latents.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert same(fixed.project(images), expected)
+        assert same(make_projector(generator, backend=backend).project(images), expected)
+        assert fresh(images).device.type == "cpu"
+
+
 # --- the generator ------------------------------------------------------------------------------------------
 
 
