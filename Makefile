@@ -48,15 +48,8 @@ format: $(TOOLS) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
 
-# The commands are those that the shipped files carry in their headers.
-weights: $(BUILT) ## train the shipped networks anew (an hour or more) and put them in the package
-	@for kind in generator classifier; do \
-	  file=digits_$$kind.safetensors && \
-	  command=$$($(PY) -c "from defgan_fast import weights as w; print(w.read_card(w.FOLDER / '$$file')['command'])") && \
-	  echo "$$command" && \
-	  $(BIN)/$$command --out out/weights/$$kind && \
-	  cp out/weights/$$kind/$$kind.safetensors defgan_fast/weights/$$file || exit 1; \
-	done
+weights: $(BUILT) ## train the shipped networks anew (hours), measure them, and put them in the package
+	$(PY) -m defgan_fast train weights --dataset digits --out defgan_fast/weights $(ARGS)
 
 bench: $(BUILT) $(TOOLS) ## measure the kernels against their peers (minutes; on a quiet machine)
 	$(PY) -m defgan_fast bench $(ARGS)
