@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defgan_fast import reference
+from defgan_fast import data, load_generator, reference
 from defgan_fast.lowering import decoder_of, latent_size_of
+from defgan_fast.ops import starting_points
 
 
 class Chain(nn.Module):
     """A plain stack with a forward of its own, so that lowering goes through torch.fx and not only Sequential."""
 
-    def __init__(self, stem: nn.Module, shape: tuple[int, int, int], body: nn.Module) -> None:
+    def __init__(self, stem: nn.Linear, shape: tuple[int, int, int], body: nn.Module) -> None:
         super().__init__()
         self.stem, self.shape, self.body = stem, shape, body
 
@@ -82,6 +83,14 @@ def _transposed(c_in: int, c_out: int, kernel: int, stride: int) -> nn.ConvTrans
 
 def random_transposed() -> nn.Module:
     """Odd channel counts, kernels 2 to 7, strides 1 to 3, any padding and output padding, not square."""
+    while True:
+        generator = _random_transposed()
+        with torch.no_grad():
+            if generator(torch.zeros(1, generator.stem.in_features)).shape[2:].numel() <= 1200:
+                return generator
+
+
+def _random_transposed() -> Chain:
     k, c = _int(5, 23), [_int(1, 37), _int(1, 29), _int(1, 21), _int(1, 3)]
     h, w = _int(2, 4), _int(2, 5)
     layers: list[nn.Module] = []
@@ -322,6 +331,16 @@ def make_case(name: str, images: int = 4, restarts: int = 4, steps: int = 20) ->
         z0 = torch.randn(restarts, k) / math.sqrt(k)
         lr = _search_rate(decoder, targets, z0, steps)
     return Case(generator, targets, z0, lr, steps)
+
+
+@functools.cache
+def shipped_case(name: str) -> Case:
+    """A shipped generator on test images of its own data set, with the default learning rate."""
+    generator = load_generator(name)
+    images = data.load(name, split="test").images[:4]
+    k = latent_size_of(generator)
+    assert k is not None
+    return Case(generator, images, starting_points(0, 4, k), 10.0, 20)
 
 
 def _search_rate(decoder: reference.Decoder, images: Tensor, z0: Tensor, steps: int) -> float:
