@@ -313,9 +313,10 @@ def _latent_candidates(generator: nn.Module) -> Iterator[int]:
 
 def _probe(generator: nn.Module, latent_size: int) -> Tensor:
     """Three random latents of the generator's dtype and device; the caller's random state is left alone."""
-    like = next((p for p in generator.parameters() if p.is_floating_point()), torch.empty(0))
-    rng = torch.Generator().manual_seed(0)
-    return torch.randn(3, latent_size, generator=rng).to(like)
+    like = next((p for p in generator.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+    rng = torch.Generator("cpu").manual_seed(0)
+    # Explicit, since both can be set globally by the caller.
+    return torch.randn(3, latent_size, generator=rng, dtype=torch.float32, device="cpu").to(like)
 
 
 def _forward(generator: nn.Module, latents: Tensor) -> Any:

@@ -50,7 +50,7 @@ def _starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
 
 @_starting_points.register_fake
 def _(seed: int, restarts: int, latent_size: int) -> Tensor:
-    return torch.empty(restarts, latent_size)
+    return torch.empty(restarts, latent_size, dtype=torch.float32, device="cpu")
 
 
 @torch.library.custom_op("defgan_fast::straight_through", mutates_args=())

@@ -395,7 +395,7 @@ class Projector(nn.Module):
             )
         if seed is None:
             shape = (images.shape[0], self.restarts, self.latent_size)
-            return torch.randn(shape, device=images.device) / math.sqrt(self.latent_size)
+            return torch.randn(shape, dtype=torch.float32, device=images.device) / math.sqrt(self.latent_size)
         starts = self._starts
         if starts is not None and seed == self.seed and starts.shape[0] == self.restarts:
             return starts
