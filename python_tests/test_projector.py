@@ -75,10 +75,6 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
 def test_every_field_against_the_specification(images: Tensor, backend: str) -> None:
     """steps, staircase, starting points and selection, all from the constructor's arguments, against float64."""
     generator = make_generator()
-    projector = make_projector(
-        generator, steps=7, restarts=4, lr=6.0, momentum=0.6, lr_decay=0.2, decay_at=0.5
-    )
-    projector.backend = backend
     p = make_projector(
         generator,
         steps=7,
