@@ -1,6 +1,7 @@
 // The torch ops over the kernels: schema, checks, the cache of packed weights, dispatch; and the pybind11
 // module for what is not a tensor. The only file that includes torch.
 #include <ATen/Parallel.h>
+#include <pthread.h>
 #include <torch/extension.h>
 
 #include <cmath>
@@ -131,6 +132,10 @@ constexpr size_t kCacheEntries = 16, kCacheBytes = size_t(512) << 20;
 
 std::mutex cache_mutex;
 std::list<CacheEntry> cache;  // most recently used first
+
+// Nobody may hold the mutex across a fork, or the child (a DataLoader's worker) would wait for it for ever.
+const int whole_across_fork = pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); },
+                                             [] { cache_mutex.unlock(); });
 
 std::shared_ptr<const PackedGenerator> packed_generator(const std::string& description, const Plan& plan,
                                                         at::TensorList parameters, Precision precision) {

@@ -1,5 +1,7 @@
 #include "team.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
@@ -10,6 +12,9 @@ namespace defgan::cpu {
 namespace {
 
 std::atomic<int> busy{0};
+
+// A child has none of the threads that its parent was using when it forked.
+const int forget_on_fork = pthread_atfork(nullptr, nullptr, [] { busy.store(0); });
 
 inline void relax() {
 #if defined(__x86_64__)
