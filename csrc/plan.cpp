@@ -131,16 +131,26 @@ Plan parse_plan(const std::string& text) {
       const size_t equals = word.find('=');
       if (equals == std::string::npos) fail(n, "expected key=value, got '" + word + "'");
       const std::string key = word.substr(0, equals), value = word.substr(equals + 1);
-      if (key == "in") layer.in = parse_shape(n, value);
-      else if (key == "out") layer.out = parse_shape(n, value);
-      else if (key == "kernel") layer.kernel = parse_pair(n, value);
-      else if (key == "stride") layer.stride = parse_pair(n, value);
-      else if (key == "pad") layer.pad = parse_pair(n, value);
-      else if (key == "upsample") layer.upsample = parse_pair(n, value);
-      else if (key == "weight") layer.weight = parse_int(n, value);
-      else if (key == "bias") layer.bias = parse_int(n, value);
-      else if (key == "slope") layer.slope = float(parse_double(n, value));
-      else if (key == "eps") layer.norm.eps = parse_double(n, value);
+      if (key == "in")
+        layer.in = parse_shape(n, value);
+      else if (key == "out")
+        layer.out = parse_shape(n, value);
+      else if (key == "kernel")
+        layer.kernel = parse_pair(n, value);
+      else if (key == "stride")
+        layer.stride = parse_pair(n, value);
+      else if (key == "pad")
+        layer.pad = parse_pair(n, value);
+      else if (key == "upsample")
+        layer.upsample = parse_pair(n, value);
+      else if (key == "weight")
+        layer.weight = parse_int(n, value);
+      else if (key == "bias")
+        layer.bias = parse_int(n, value);
+      else if (key == "slope")
+        layer.slope = float(parse_double(n, value));
+      else if (key == "eps")
+        layer.norm.eps = parse_double(n, value);
       else if (key == "norm") {
         const auto v = parse_ints(n, value, ',', 4);
         layer.norm = {v[0], v[1], v[2], v[3], layer.norm.eps};
@@ -148,7 +158,8 @@ Plan parse_plan(const std::string& text) {
         const auto found = kActivations.find(value);
         if (found == kActivations.end()) fail(n, "unknown activation '" + value + "'");
         layer.activation = found->second;
-      } else fail(n, "unknown key '" + key + "'");
+      } else
+        fail(n, "unknown key '" + key + "'");
     }
     if (layer.in.c == 0 || layer.out.c == 0) fail(n, "in and out shapes are required");
     if (n == 0 && layer.in.positions() != 1) fail(n, "the latent has one position");
@@ -233,7 +244,8 @@ Links links_of(const Layer& layer, bool vertical) {
     result.sets.push_back(id.first);
   }
   for (const auto& entry : taps) result.links.push_back({entry.first.first, entry.first.second, ids[entry.second]});
-  std::stable_sort(result.links.begin(), result.links.end(), [](const Link& a, const Link& b) { return a.set < b.set; });
+  std::stable_sort(result.links.begin(), result.links.end(),
+                   [](const Link& a, const Link& b) { return a.set < b.set; });
   return result;
 }
 

@@ -64,8 +64,8 @@ Precision precision_of(const std::string& precision) {
   if (precision == "float32") return Precision::kFloat32;
   TORCH_CHECK_VALUE(precision != "float16",
                     "precision must be \"float32\" or \"bfloat16\" on the CPU, got \"float16\": use \"bfloat16\"");
-  TORCH_CHECK_VALUE(precision == "bfloat16", "precision must be \"float32\" or \"bfloat16\" on the CPU, got \"", precision,
-                    "\"");
+  TORCH_CHECK_VALUE(precision == "bfloat16", "precision must be \"float32\" or \"bfloat16\" on the CPU, got \"",
+                    precision, "\"");
   return Precision::kBfloat16;
 }
 
@@ -81,8 +81,8 @@ void check_values(const float* images, int64_t count, const Plan& plan) {
   const Activation last = plan.layers.back().activation;
   if (count == 0 || (last != Activation::kSigmoid && last != Activation::kTanh)) return;
   const float from = last == Activation::kSigmoid ? 0.0f : -1.0f, tolerance = 0.01f * (1.0f - from);
-  TORCH_CHECK_VALUE(low >= from - tolerance && high <= 1.0f + tolerance,
-                    "images must lie in the generator's range [", from, ", 1], got [", low, ", ", high, "]");
+  TORCH_CHECK_VALUE(low >= from - tolerance && high <= 1.0f + tolerance, "images must lie in the generator's range [",
+                    from, ", 1], got [", low, ", ", high, "]");
 }
 
 // --- packed weights, cached by content --------------------------------------------------------------------
@@ -134,8 +134,8 @@ std::mutex cache_mutex;
 std::list<CacheEntry> cache;  // most recently used first
 
 // Nobody may hold the mutex across a fork, or the child (a DataLoader's worker) would wait for it for ever.
-const int whole_across_fork = pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); },
-                                             [] { cache_mutex.unlock(); });
+const int whole_across_fork =
+    pthread_atfork([] { cache_mutex.lock(); }, [] { cache_mutex.unlock(); }, [] { cache_mutex.unlock(); });
 
 std::shared_ptr<const PackedGenerator> packed_generator(const std::string& description, const Plan& plan,
                                                         at::TensorList parameters, Precision precision) {
@@ -186,8 +186,7 @@ auto translated(const Body& body) {
 
 std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, at::TensorList parameters,
                                        const std::string& description, at::ArrayRef<double> lr_schedule,
-                                       double momentum, const std::string& precision, int64_t max_rows,
-                                       bool validate) {
+                                       double momentum, const std::string& precision, int64_t max_rows, bool validate) {
   const Plan plan = plan_of(description);
   const int64_t k = plan.latent_size();
   check_floating(images, "images");
@@ -198,12 +197,11 @@ std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, a
   check_floating(z0, "z0");
   const int64_t count = images.size(0);
   const bool per_image = z0.dim() == 3;
-  TORCH_CHECK_VALUE((z0.dim() == 2 || per_image) && z0.size(-1) == k && z0.size(-2) >= 1 &&
-                        (!per_image || z0.size(0) == count),
-                    "z0 must have shape [R, ", k, "] or [", count, ", R, ", k, "] with R at least 1, got ",
-                    text(z0.sizes()));
-  TORCH_CHECK_VALUE(z0.device() == images.device(), "z0 must be on the images' device (", images.device().str(), "), got ",
-                    z0.device().str());
+  TORCH_CHECK_VALUE(
+      (z0.dim() == 2 || per_image) && z0.size(-1) == k && z0.size(-2) >= 1 && (!per_image || z0.size(0) == count),
+      "z0 must have shape [R, ", k, "] or [", count, ", R, ", k, "] with R at least 1, got ", text(z0.sizes()));
+  TORCH_CHECK_VALUE(z0.device() == images.device(), "z0 must be on the images' device (", images.device().str(),
+                    "), got ", z0.device().str());
   TORCH_CHECK_VALUE(max_rows >= 0, "max_rows must be at least 0 (0: automatic), got ", max_rows);
   const Precision p = precision_of(precision);
   const int64_t restarts = z0.size(-2);

@@ -134,7 +134,8 @@ struct Elementwise {
           const char* s = at<S>(source, u, int64_t(from[p]) * rows + row, sources);
           char* d = at<S>(stored, u, int64_t(p) * rows + row, places);
           for (int c = 0; c < kUnitFloats; c += kLanes) {
-            const typename V::T x = V::fma(S::load(s + c * kBytes), V::load(scale + affine + c), V::load(shift + affine + c));
+            const typename V::T x =
+                V::fma(S::load(s + c * kBytes), V::load(scale + affine + c), V::load(shift + affine + c));
             S::store(d + c * kBytes, activated<V>(x, activation, slope));
           }
         }
@@ -169,7 +170,8 @@ struct Elementwise {
   // One channel of one place. Reorders are rare (a latent viewed as a feature map), so element by element.
   static int64_t element(int64_t e, int positions, int row, int rows) {
     const int64_t channel = e / positions, place = (e % positions) * rows + row;
-    return ((channel / S::kChannels) * (int64_t(positions) * rows) + place) * kUnitBytes + (channel % S::kChannels) * kBytes;
+    return ((channel / S::kChannels) * (int64_t(positions) * rows) + place) * kUnitBytes +
+           (channel % S::kChannels) * kBytes;
   }
   static void reorder_forward(const char* source, int source_positions, char* stored, int positions, int rows,
                               int64_t e0, int64_t e1) {
@@ -184,9 +186,9 @@ struct Elementwise {
         const float g = S::get(delta + element(e, positions, row, rows));
         if (raw) {
           const int64_t channel = e / source_positions, place = (e % source_positions) * rows + row;
-          reinterpret_cast<float*>(stored_or_raw)[((channel / kUnitFloats) * (int64_t(source_positions) * rows) + place) *
-                                                      kUnitFloats +
-                                                  channel % kUnitFloats] = g;
+          reinterpret_cast<float*>(
+              stored_or_raw)[((channel / kUnitFloats) * (int64_t(source_positions) * rows) + place) * kUnitFloats +
+                             channel % kUnitFloats] = g;
           continue;
         }
         char* h = stored_or_raw + element(e, source_positions, row, rows);

@@ -27,8 +27,7 @@ inline int64_t vector_offset(int n, int64_t unit_stride) {
 template <class V>
 inline typename V::T times_derivative(typename V::T gradient, typename V::T stored, Activation activation,
                                       float slope) {
-  if (activation == Activation::kSigmoid)
-    return V::mul(gradient, V::sub(stored, V::mul(stored, stored)));
+  if (activation == Activation::kSigmoid) return V::mul(gradient, V::sub(stored, V::mul(stored, stored)));
   if (activation == Activation::kTanh) return V::mul(gradient, V::sub(V::all(1.0f), V::mul(stored, stored)));
   return V::select_positive(stored, gradient, V::mul(gradient, V::all(slope)));
 }

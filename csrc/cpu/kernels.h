@@ -17,8 +17,8 @@ namespace defgan::cpu {
 
 constexpr int kUnitBytes = 64;
 constexpr int kUnitFloats = 16;
-constexpr int kMaxTileRows = 14;      // of any kernel
-constexpr int kMaxTileSegments = 4;   // lines of positions in one tile of the tap schedule
+constexpr int kMaxTileRows = 14;              // of any kernel
+constexpr int kMaxTileSegments = 4;           // lines of positions in one tile of the tap schedule
 constexpr int kGroupPanels[] = {0, 1, 2, 4};  // panels in one kernel's tile; entry 0 is the one-vector tail
 constexpr int kGroups = 4;
 
@@ -60,9 +60,9 @@ using TapKernel = void (*)(const TapArgs&);
 
 struct KernelTable {
   const char* name;
-  int lanes;                 // dwords of one vector; a panel is two of them
-  int unit_channels;         // 16 or 32
-  int max_rows[kGroups];     // of a tile with that many panels
+  int lanes;              // dwords of one vector; a panel is two of them
+  int unit_channels;      // 16 or 32
+  int max_rows[kGroups];  // of a tile with that many panels
   GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];
   TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];  // [one vector, one panel][segments][positions]
 
@@ -72,8 +72,8 @@ struct KernelTable {
   void (*store_latent)(const float* latent, int k, int rows, int unit_begin, int unit_end, char* units);
 
   // stored = activation(scratch): channels [c0, c1), multiples of `lanes`, of the given places out of `places`.
-  void (*finish_forward)(const float* scratch, char* stored, int c0, int c1, int64_t begin, int64_t end,
-                         int64_t places, Activation activation, float slope);
+  void (*finish_forward)(const float* scratch, char* stored, int c0, int c1, int64_t begin, int64_t end, int64_t places,
+                         Activation activation, float slope);
 
   // delta[order[p]] = scratch[p] * activation'(stored[p]), likewise.
   void (*finish_gradient)(const float* scratch, const char* stored, char* delta, const int* order, int c0, int c1,
@@ -85,14 +85,14 @@ struct KernelTable {
 
   // Affine map. scale and shift are [unit][scale_positions][16] with scale_positions 1 or `positions`.
   // Forward: stored[o] = activation(scale * source[from[o]] + shift).
-  void (*map_forward)(const char* source, int source_positions, char* stored, int positions, int rows,
-                      const int* from, const float* scale, const float* shift, int scale_positions, int u0, int u1,
+  void (*map_forward)(const char* source, int source_positions, char* stored, int positions, int rows, const int* from,
+                      const float* scale, const float* shift, int scale_positions, int u0, int u1,
                       Activation activation, float slope);
   // Backward: gradient[i] = sum over o with from[o] == i of scale * delta[o], times activation'(stored[i]) where
   // stored is given (then written over it, as the storage type), else raw float32 units.
-  void (*map_backward)(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
-                       int rows, const int* to_begin, const int* to, const float* scale, int scale_positions, int u0,
-                       int u1, Activation activation, float slope);
+  void (*map_backward)(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions, int rows,
+                       const int* to_begin, const int* to, const float* scale, int scale_positions, int u0, int u1,
+                       Activation activation, float slope);
   // The same elements in NCHW order under another shape; [e0, e1) in that order.
   void (*reorder_forward)(const char* source, int source_positions, char* stored, int positions, int rows, int64_t e0,
                           int64_t e1);

@@ -88,8 +88,10 @@ Matrices matrices_of(const Layer& l, const std::vector<Parameter>& parameters, c
             if (affine.scale.empty()) {
               for (int co = 0; co < m.out; ++co) row[co] += source[co * step_out];
             } else {
-              const int64_t step = affine.per_element ? l.out.positions() : 1, first = affine.per_element ? out_position : 0;
-              for (int co = 0; co < m.out; ++co) row[co] += source[co * step_out] * affine.scale[size_t(first + co * step)];
+              const int64_t step = affine.per_element ? l.out.positions() : 1,
+                            first = affine.per_element ? out_position : 0;
+              for (int co = 0; co < m.out; ++co)
+                row[co] += source[co * step_out] * affine.scale[size_t(first + co * step)];
             }
           }
         }
@@ -107,7 +109,8 @@ std::vector<float> bias_of(const Layer& l, const std::vector<Parameter>& paramet
   for (int p = 0; p < positions; ++p)
     for (int c = 0; c < l.out.c; ++c) {
       const size_t element = size_t(c) * size_t(positions) + size_t(p);
-      const size_t given_at = l.kind == Kind::kLinear ? element : size_t(c), affine_at = affine.per_element ? element : size_t(c);
+      const size_t given_at = l.kind == Kind::kLinear ? element : size_t(c),
+                   affine_at = affine.per_element ? element : size_t(c);
       float value = given ? given[given_at] : 0.0f;
       if (!affine.scale.empty()) value = value * affine.scale[affine_at] + affine.shift[affine_at];
       bias[size_t(p) * size_t(l.out.c) + size_t(c)] = value;
@@ -175,8 +178,9 @@ void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backwa
   // Links run over vertical sets and within one over horizontal links, so sort each destination by matrix: the one
   // order of summation that both schedules follow.
   for (int d = 0; d < g.destination_positions; ++d)
-    std::sort(g.taps.begin() + g.tap_begin[size_t(d)], g.taps.begin() + g.tap_begin[size_t(d) + 1],
-              [](const Tap& a, const Tap& b) { return a.matrix != b.matrix ? a.matrix < b.matrix : a.source < b.source; });
+    std::sort(
+        g.taps.begin() + g.tap_begin[size_t(d)], g.taps.begin() + g.tap_begin[size_t(d) + 1],
+        [](const Tap& a, const Tap& b) { return a.matrix != b.matrix ? a.matrix < b.matrix : a.source < b.source; });
 
   const int phase_h = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.h : l.upsample.h);
   const int phase_w = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.w : l.upsample.w);
@@ -348,8 +352,10 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
     }
     last.forward.source_channels = last.backward.destination_channels = l.in.c;
     last.forward.destination_channels = last.backward.source_channels = columns;
-    pack_weights(last.forward, table, [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
-    pack_weights(last.backward, table, [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
+    pack_weights(last.forward, table,
+                 [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
+    pack_weights(last.backward, table,
+                 [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
   }
   packed.entry_begin = {0};
   for (const auto& list : pixels) {

@@ -51,12 +51,12 @@ struct Gemm {
   int source_width = 0, destination_width = 0;
   int phases = 1;  // of the source along x: positions are read in phase order, so that a run is contiguous
 
-  int steps = 0;      // dwords of source channels
-  int panels = 0;     // full ones
-  int tail = 0;       // 1 if a panel of one vector follows
+  int steps = 0;   // dwords of source channels
+  int panels = 0;  // full ones
+  int tail = 0;    // 1 if a panel of one vector follows
   int64_t matrix_stride = 0, tail_matrix_stride = 0, panel_stride = 0;
   Buffer weights;
-  std::vector<float> bias;        // empty for gradients; padded to whole panels
+  std::vector<float> bias;           // empty for gradients; padded to whole panels
   int64_t bias_position_stride = 0;  // 0: the same bias at every position
 
   bool has_tap_schedule() const { return !horizontal.empty(); }

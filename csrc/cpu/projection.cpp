@@ -119,8 +119,8 @@ class Block {
     forward(g_.float32());
     me_.meet();
     for (int row = me_.id; row < rows; row += me_.size)
-      args.errors[first + row] = image_.error(w_.image.floats() + int64_t(row) * stride,
-                                              w_.target.floats() + int64_t(row) * stride, pixels);
+      args.errors[first + row] =
+          image_.error(w_.image.floats() + int64_t(row) * stride, w_.target.floats() + int64_t(row) * stride, pixels);
     if (me_.id == 0) std::memcpy(args.latents + first * k, w_.latent.data(), size_t(rows) * k * 4);
     me_.meet();
   }
@@ -223,7 +223,8 @@ class Block {
         finish.activation = p.layer.activation;
         finish.slope = p.slope;
         finish.places = int64_t(p.layer.out.positions()) * rows_;
-        const bool transcendental = p.layer.activation == Activation::kSigmoid || p.layer.activation == Activation::kTanh;
+        const bool transcendental =
+            p.layer.activation == Activation::kSigmoid || p.layer.activation == Activation::kTanh;
         if (rows_ == 1 && p.forward.has_tap_schedule()) {
           finish.what = Finish::kForward;
           tap_schedule(p.forward, source, finish);
@@ -247,9 +248,12 @@ class Block {
       source = w_.wide.data();
     }
     char* columns = w_.columns.data();
-    if (p.layer.kind == Kind::kMap) map_forward(g.set->float32, p, source, columns, Activation::kIdentity, 1.0f);
-    else if (p.layer.kind == Kind::kReorder) reorder_forward(g.set->float32, p, source, columns);
-    else row_schedule(p.forward, Epilogue::kRaw, source, g.columns ? g.image_places * rows_ : rows_, columns, Finish());
+    if (p.layer.kind == Kind::kMap)
+      map_forward(g.set->float32, p, source, columns, Activation::kIdentity, 1.0f);
+    else if (p.layer.kind == Kind::kReorder)
+      reorder_forward(g.set->float32, p, source, columns);
+    else
+      row_schedule(p.forward, Epilogue::kRaw, source, g.columns ? g.image_places * rows_ : rows_, columns, Finish());
     me_.meet();
     const ImageArgs image = image_args(g);
     if (image.pixel_begin < image.pixel_end) image_.forward(image);
@@ -263,9 +267,7 @@ class Block {
       const PackedLayer& p = g.layers[n];
       const bool narrow = n == last && last > 0 && g.precision == Precision::kBfloat16;
       const bool flat = n == last && g.columns;
-      const char* source = n == last    ? w_.image_gradient.data()
-                           : rows_ == 1 ? w_.delta[n].data()
-                                        : w_.stored[n].data();
+      const char* source = n == last ? w_.image_gradient.data() : rows_ == 1 ? w_.delta[n].data() : w_.stored[n].data();
       const KernelTable* table = n == last ? g.set->float32 : table_of(g);
       Finish finish;
       Activation activation = Activation::kIdentity;
@@ -276,10 +278,10 @@ class Block {
       }
       const int64_t places = int64_t(p.layer.in.positions()) * rows_;
       const bool raw = n == 0 || rows_ == 1;
-      char* destination = n == 0        ? w_.gradient.data()
-                          : rows_ == 1  ? w_.scratch.data()
-                          : narrow      ? w_.wide.data()
-                                        : w_.stored[n - 1].data();
+      char* destination = n == 0       ? w_.gradient.data()
+                          : rows_ == 1 ? w_.scratch.data()
+                          : narrow     ? w_.wide.data()
+                                       : w_.stored[n - 1].data();
       finish.activation = activation;
       finish.slope = slope;
       finish.places = places;
@@ -425,8 +427,11 @@ class Block {
       for (int c = channel; c < channel + channels; c += table.lanes) {
         float* d = scratch + (c / kUnitFloats) * unit_floats + c % kUnitFloats;
         for (int p = y0 * width; p < y1 * width; ++p) {
-          if (g.bias.empty()) std::memset(d + int64_t(p) * kUnitFloats, 0, size_t(table.lanes) * 4);
-          else std::memcpy(d + int64_t(p) * kUnitFloats, g.bias.data() + p * g.bias_position_stride + c, size_t(table.lanes) * 4);
+          if (g.bias.empty())
+            std::memset(d + int64_t(p) * kUnitFloats, 0, size_t(table.lanes) * 4);
+          else
+            std::memcpy(d + int64_t(p) * kUnitFloats, g.bias.data() + p * g.bias_position_stride + c,
+                        size_t(table.lanes) * 4);
         }
       }
       char* const destination =
@@ -438,7 +443,8 @@ class Block {
         last = std::min(last, v.count);
         if (first >= last) continue;
         for (const Run& h : g.horizontal) {
-          args.weights = g.panel(panel) + (v.set * g.horizontal_sets + h.set) * (tail ? g.tail_matrix_stride : g.matrix_stride);
+          args.weights =
+              g.panel(panel) + (v.set * g.horizontal_sets + h.set) * (tail ? g.tail_matrix_stride : g.matrix_stride);
           args.destination_step = int64_t(h.destination_step) * kUnitBytes;
           const int pieces = (h.count + most - 1) / most;
           const int phase_start = phase_position(h.source, g.phases, g.source_width);

@@ -9,18 +9,18 @@
 namespace defgan::cpu {
 
 struct ProjectArgs {
-  const float* images;    // [B, pixels]
-  const float* start;     // latents [R, k] or [B, R, k]
-  bool start_per_image;   // which of the two
-  int64_t images_count;   // B
-  int restarts;           // R
-  const float* rates;     // learning rate of each step, [steps]
-  int steps;              // L
+  const float* images;   // [B, pixels]
+  const float* start;    // latents [R, k] or [B, R, k]
+  bool start_per_image;  // which of the two
+  int64_t images_count;  // B
+  int restarts;          // R
+  const float* rates;    // learning rate of each step, [steps]
+  int steps;             // L
   float momentum;
-  int threads;            // at most
-  int64_t max_rows;       // rows in flight at most; 0: as many as keep working memory under 200 MB
-  float* latents;         // out: [B, R, k]
-  float* errors;          // out: [B, R], mean squared error after the last step
+  int threads;       // at most
+  int64_t max_rows;  // rows in flight at most; 0: as many as keep working memory under 200 MB
+  float* latents;    // out: [B, R, k]
+  float* errors;     // out: [B, R], mean squared error after the last step
 };
 
 void project(const PackedGenerator& generator, const ProjectArgs& args);

@@ -34,8 +34,10 @@ void Barrier::wait() {
     return;
   }
   for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-    if (spins < 1000) relax();
-    else std::this_thread::yield();
+    if (spins < 1000)
+      relax();
+    else
+      std::this_thread::yield();
   }
 }
 

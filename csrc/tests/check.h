@@ -9,14 +9,14 @@ inline int& failures() {
   return count;
 }
 
-#define CHECK(condition, ...)                                            \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
-      std::printf("%s:%d: CHECK(%s) ", __FILE__, __LINE__, #condition);  \
-      std::printf(__VA_ARGS__);                                          \
-      std::printf("\n");                                                 \
-      ++failures();                                                      \
-    }                                                                    \
+#define CHECK(condition, ...)                                           \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      std::printf("%s:%d: CHECK(%s) ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                         \
+      std::printf("\n");                                                \
+      ++failures();                                                     \
+    }                                                                   \
   } while (0)
 
 inline int report(const char* name) {

@@ -65,7 +65,8 @@ int main() {
   rejects("linear in=8x1x1 out=4x1x1 weight=0\nmap in=4x1x1 out=4x3x3", "outside");
   rejects("linear in=8x1x1 out=4x1x1 weight=0\nreorder in=4x1x1 out=3x1x1", "keeps the elements");
   rejects("linear in=8x1x1 out=4x1x1 weight=0\nimage out=5x1x1", "image");
-  rejects("linear in=8x1x1 out=4x4x4 weight=0\nconv_transpose in=4x4x4 out=4x4x4 kernel=3x3 stride=0x1 weight=1", "stride");
+  rejects("linear in=8x1x1 out=4x4x4 weight=0\nconv_transpose in=4x4x4 out=4x4x4 kernel=3x3 stride=0x1 weight=1",
+          "stride");
 
   try {
     check_parameters(plan, {8 * 24, 24, 6 * 3 * 6, 3, 3, 3, 3, 27, 2});
