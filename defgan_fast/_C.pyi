@@ -3,7 +3,7 @@
 from typing import Any
 
 def build_info() -> dict[str, str]:
-    """Compiler, flags, the torch it was built for, and whether CUDA takes part ("yes" or "no")."""
+    """The compiler, the torch it was built for, and whether CUDA takes part ("yes" or "no")."""
 
 def instruction_sets() -> list[str]:
     """The instruction sets that this machine can run, best last."""

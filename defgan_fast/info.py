@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
     status = _extension.status()
     extension: dict[str, Any] = dict(status)
     if module is not None:
-        extension |= module.build_info()
+        extension |= {"flags": " ".join(_build.COMPILE_FLAGS), **module.build_info()}
     return {
         "versions": {
             "defgan_fast": __version__,
