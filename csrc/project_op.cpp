@@ -1,8 +1,12 @@
 // The torch ops over the kernels: schema, checks, the cache of packed weights, dispatch; and the pybind11
 // module for what is not a tensor. The only file that includes torch.
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <pthread.h>
-#include <torch/extension.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
 
 #include <cmath>
 #include <cstring>
