@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -234,17 +234,13 @@ class Projector(nn.Module):
         )
         restarts = reference.best_restarts(errors)
         best = _pick(latents, restarts)
-        reconstruction = torch.ops.defgan_fast.decode(best, parameters, plan.text, max_rows).to(images.dtype)
-        if images.requires_grad and torch.is_grad_enabled():
-            if self.gradient == "straight_through":
-                reconstruction = ops.straight_through(images, reconstruction)
-            elif self.gradient == "none":
-                reconstruction = ops.no_gradient(images, reconstruction)
-            else:
-                chosen = _pick_start(start, restarts)
-                reconstruction = ops.unrolled(
-                    images, reconstruction, chosen, parameters, plan.text, rates, self.momentum
-                )
+        decoded = torch.ops.defgan_fast.decode(best, parameters, plan.text, max_rows).to(images.dtype)
+
+        def unrolled() -> Tensor:
+            chosen = _pick_start(start, restarts)
+            return ops.unrolled(images, decoded, chosen, parameters, plan.text, rates, self.momentum)
+
+        reconstruction = self._tie(images, decoded, unrolled)
         return Projection(reconstruction, best, _pick(errors, restarts), restarts, errors)
 
     def _project_with_reference(self, images: Tensor, start: Tensor, rates: list[float]) -> Projection:
@@ -268,18 +264,24 @@ class Projector(nn.Module):
         restarts = reference.best_restarts(errors)
         best = _pick(latents, restarts)
         with torch.no_grad():
-            reconstruction = decoder(best).to(images.dtype) if len(images) else torch.empty_like(images)
-        if images.requires_grad and torch.is_grad_enabled():
-            if self.gradient == "straight_through":
-                reconstruction = ops.straight_through(images, reconstruction)
-            elif self.gradient == "none":
-                reconstruction = ops.no_gradient(images, reconstruction)
-            else:
-                chosen = _pick_start(start, restarts)
-                reconstruction = _Unrolled.apply(
-                    images, reconstruction, chosen, decoder, rates, self.momentum, dtype
-                )
+            decoded = decoder(best).to(images.dtype) if len(images) else torch.empty_like(images)
+
+        def unrolled() -> Tensor:
+            chosen = _pick_start(start, restarts)
+            return _Unrolled.apply(images, decoded, chosen, decoder, rates, self.momentum, dtype)
+
+        reconstruction = self._tie(images, decoded, unrolled)
         return Projection(reconstruction, best, _pick(errors, restarts), restarts, errors)
+
+    def _tie(self, images: Tensor, reconstruction: Tensor, unrolled: Callable[[], Tensor]) -> Tensor:
+        """The reconstruction with the gradient that was chosen, where one is asked for."""
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            return reconstruction
+        if self.gradient == "straight_through":
+            return ops.straight_through(images, reconstruction)
+        if self.gradient == "none":
+            return ops.no_gradient(images, reconstruction)
+        return unrolled()
 
     def _decoder(self, precision: str, device: str, dtype: torch.dtype) -> reference.Decoder:
         """The generator with latents and images in `dtype`, its layers in `precision` (by autocast where 16 bits)."""

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,3 +185,30 @@ def test_decode_matches_the_generator(case: Case, instruction_set: str) -> None:
     for i in range(7):
         one = torch.ops.defgan_fast.decode(latents[i : i + 1], parameters, plan.text, 0)
         assert torch.equal(one, images[i : i + 1])
+
+
+def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEFGAN_CPU_ISA", "mmx")
+    case = make_case("linear-a")
+    with pytest.raises(
+        ValueError, match=r"DEFGAN_CPU_ISA: instruction set must be one of baseline.*got 'mmx'"
+    ):
+        run_op(case, [case.lr])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16"])
+def test_no_code_for_a_wide_target_can_leak(name: str, tmp_path: Path) -> None:
+    """An inline function compiled in one of these files could be the copy that the linker keeps for all callers,
+    and crash a machine without the set: so they must define nothing that is merged between files."""
+    compiler, reader = shutil.which("c++"), shutil.which("nm")
+    if compiler is None or reader is None:
+        pytest.skip("needs c++ and nm")
+    source = Path(__file__).parents[1] / "csrc" / "cpu" / f"kernels_{name}.cpp"
+    made = tmp_path / "kernels.o"
+    subprocess.run([compiler, "-std=c++17", "-O1", "-w", "-c", source, "-o", made], check=True)
+    listing = subprocess.run(
+        [reader, "-C", "--defined-only", made], check=True, capture_output=True, text=True
+    )
+    merged = [line for line in listing.stdout.splitlines() if re.search(r" [WwVu] (?!DW\.ref)", line)]
+    assert not merged
