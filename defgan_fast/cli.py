@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 # Modules with add_parser(subparsers), in the order of the help text.
 COMMANDS = (
@@ -20,11 +21,18 @@ COMMANDS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one line; the usage is a `--help` away."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets ``run``, a function of the parsed arguments."""
     from defgan_fast._version import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="defgan-fast",
         description="Defense-GAN: project images onto the range of a generator before they are classified.",
     )
