@@ -488,7 +488,7 @@ Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   const int tile = std::max(g.set->float32->max_rows[1], 1);
   int largest = tile >= 12 ? tile : 2 * tile;
   const int64_t per_row = workspace_bytes(g, 1);
-  // Relative speed of a block of n rows in one thread, as measured: short tiles leave the multiply-add units idle.
+  // Rough relative speed of a block of n rows in one thread: short tiles leave the multiply-add units idle.
   const auto speed = [](int64_t n) { return n >= 5 ? 1.0 : n == 4 ? 0.95 : n == 3 ? 0.9 : 0.8; };
   Division best;
   double best_time = 0;
@@ -546,8 +546,6 @@ void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max
 }
 
 }  // namespace
-
-int64_t bytes_per_row(const PackedGenerator& generator) { return workspace_bytes(generator, 1); }
 
 void project(const PackedGenerator& generator, const ProjectArgs& args) {
   for_blocks(generator, args.images_count * args.restarts, args.threads, args.max_rows,

@@ -29,7 +29,4 @@ void project(const PackedGenerator& generator, const ProjectArgs& args);
 void decode(const PackedGenerator& generator, const float* latents, int64_t count, int threads, int64_t max_rows,
             float* images);
 
-// Bytes of working memory that one row in flight takes.
-int64_t bytes_per_row(const PackedGenerator& generator);
-
 }  // namespace defgan::cpu
