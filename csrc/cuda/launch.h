@@ -31,10 +31,12 @@ struct Device {
   size_t shared_memory = 0;  // bytes a block may ask for (opt-in)
 };
 
-// A plan compiled for one precision: its stages and their tables (host memory). Does not depend on weights, rows or
-// device. Immutable.
+// A plan compiled for one precision: its stages and their tables (host memory). Depends on the plan and on how many
+// elements each parameter has (a norm may be per channel or per element), not on weights, rows or device. Immutable.
+// Throws std::invalid_argument as check_parameters does.
 class Program;
-std::shared_ptr<const Program> make_program(const Plan& plan, Precision precision);
+std::shared_ptr<const Program> make_program(const Plan& plan, const std::vector<int64_t>& elements,
+                                            Precision precision);
 
 // The tables that kernels read, as one blob: the caller keeps a copy in device memory, 256-byte aligned.
 const std::vector<char>& tables_of(const Program& program);
