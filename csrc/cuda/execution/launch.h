@@ -1,5 +1,6 @@
 // Runs kernels on the CPU: a kernel is a callable that every thread of every block executes on a fiber of its own.
-// What a test or a driver needs: memory that kernels may touch, a launch, the order of threads, the failure.
+// Here is what a test or a driver needs: the memory that kernels may touch, the launch, the order of threads, and the
+// failure that reports what no kernel may do. docs/gpu-execution.md lists the rules that are checked.
 #pragma once
 
 #include <cstddef>
@@ -11,14 +12,14 @@
 
 namespace defgan::cuda::execution {
 
-// A kernel did what no kernel may do; the message says which thread did what, where, and what it conflicts with.
+// One line: which thread did what, where in the source, to which byte of which memory, and what it conflicts with.
 class Failure : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-// The global memory that kernels may touch: named ranges of the caller's memory. Kernels that touch anything else
-// fail. What was written by one launch may be read by the next.
+// The global memory that kernels may touch: named ranges of the caller's memory, which must outlive this. Kernels that
+// touch anything else fail. What one launch wrote, the next may read.
 class Memory {
  public:
   Memory();
@@ -26,32 +27,35 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // initialised: the caller has written all of it. Otherwise it is filled with NaN (bytes 0xFF), and reading what no
-  // kernel has written is a failure.
+  // initialised: the caller has written all of it. Otherwise it is filled with NaN (bytes 0xff), and a kernel that
+  // reads what nothing wrote fails. Throws std::invalid_argument where ranges overlap.
   void add(const std::string& name, void* data, size_t bytes, bool initialised);
-  void add(const std::string& name, const void* data, size_t bytes);  // initialised; never written
-  // The caller has written these bytes of a range that was added before (as cudaMemset and cudaMemcpy do).
+  void add_constant(const std::string& name, const void* data, size_t bytes);  // a kernel that writes it fails
+  // These bytes, of a range that was added, have been written by the caller since (as by cudaMemset or cudaMemcpy).
   void mark_initialised(const void* data, size_t bytes);
   void remove(const void* data);
 
-  struct State;
-  State& state() { return *state_; }
+  class Ranges;
+  Ranges& ranges() { return *ranges_; }
 
  private:
-  std::unique_ptr<State> state_;
+  std::unique_ptr<Ranges> ranges_;
 };
 
 struct Options {
-  // 0: warp after warp, lane after lane. Otherwise a random order of lanes, warps and blocks that depends on the seed
-  // alone.
+  // 0: block after block, warp after warp, lane after lane, as far as barriers allow. Otherwise a random order of
+  // blocks, warps and lanes that depends on the seed alone.
   uint64_t seed = 0;
-  size_t stack_bytes = 256 * 1024;  // of each thread
 };
 
 // Runs kernel() on blocks * threads threads and returns when all have ended. Throws Failure, after which no thread of
-// the launch runs on (their stacks are dropped without destructors: a kernel owns nothing).
-// cooperative: all blocks are resident at once and may meet in sync_team; otherwise one block runs after the other.
+// the launch runs on (their stacks are dropped without running destructors: a kernel owns nothing), and what kernel()
+// throws. cooperative: all blocks are resident at once and may meet in sync_team; otherwise one runs after the other.
+// Launches of several threads of the process take turns.
 void launch(Memory& memory, int blocks, int threads, size_t shared_bytes, bool cooperative,
             const std::function<void()>& kernel, const Options& options = {});
+
+// How threads are switched in this build: "x86-64" or "ucontext".
+const char* fiber_implementation();
 
 }  // namespace defgan::cuda::execution

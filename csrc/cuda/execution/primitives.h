@@ -9,13 +9,12 @@
 
 namespace defgan::cuda::execution {
 
-// Where in the kernels' source a primitive is used. As a default argument it is evaluated where the call stands.
+// Where in the kernels' source a primitive is used: Site::here() as a default argument is evaluated at the call.
 struct Site {
   const char* file;
   int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
-#define DEFGAN_HERE \
-  ::defgan::cuda::execution::Site { __builtin_FILE(), __builtin_LINE() }
 
 int thread_index();
 int block_index();
@@ -29,7 +28,7 @@ void check_access(Access access, const void* address, size_t bytes, Site site);
 
 void copy_async_16(void* shared, const void* global, Site site);
 void copy_async_commit();
-void copy_async_wait(int pending, Site site);
+void copy_async_wait(int pending);
 
 void sync_warp(Site site);
 void sync_block(Site site);
