@@ -31,10 +31,12 @@ struct Device {
   size_t shared_memory = 0;  // bytes a block may ask for (opt-in)
 };
 
-// A plan compiled for one precision: its stages and their tables (host memory). Does not depend on weights, rows or
-// device. Immutable.
+// A plan compiled for one precision: its stages and their tables (host memory). Depends on the plan and on how many
+// elements each parameter has (a norm may be per channel or per element), not on weights, rows or device. Immutable.
+// Throws std::invalid_argument as check_parameters does.
 class Program;
-std::shared_ptr<const Program> make_program(const Plan& plan, Precision precision);
+std::shared_ptr<const Program> make_program(const Plan& plan, const std::vector<int64_t>& elements,
+                                            Precision precision);
 
 // The tables that kernels read, as one blob: the caller keeps a copy in device memory, 256-byte aligned.
 const std::vector<char>& tables_of(const Program& program);
@@ -50,6 +52,8 @@ struct Schedule {
   Mapping mapping = Mapping::kLayered;
   int64_t rows_in_flight = 0;  // per launch; more rows take several launches
   int teams = 0, blocks_per_team = 0;
+  int64_t exact_rows_in_flight = 0;  // the same of the float32 pass that evaluates the errors, or decodes
+  int exact_blocks = 0;
   size_t workspace_bytes = 0;  // packed weights and activations
   std::string reason;          // one clause: why this mapping
 };
