@@ -425,7 +425,7 @@ void constants() {
   expect("store to constant memory", {"which is constant"}, [](uint64_t seed) {
     float data[32] = {};
     Memory memory;
-    memory.add_constant("data", data, sizeof(data));
+    memory.add("data", static_cast<const void*>(data), sizeof(data));
     return outcome(memory, {1, 32, 0, false}, [&] { store_global(&data[thread_index()], 1.0f); }, seed);
   });
 }
@@ -518,7 +518,7 @@ void asynchronous_copies() {
   expect("a copy that nobody waits for", {"ends with an asynchronous copy"}, [](uint64_t seed) {
     alignas(16) float source[4] = {};
     Memory memory;
-    memory.add_constant("source", source, sizeof(source));
+    memory.add("source", static_cast<const void*>(source), sizeof(source));
     return outcome(
         memory, {1, 32, 512, false},
         [&] {

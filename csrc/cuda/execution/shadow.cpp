@@ -74,7 +74,7 @@ void Memory::add(const std::string& name, void* data, size_t bytes, bool initial
   if (!initialised) std::memset(data, 0xff, bytes);
 }
 
-void Memory::add_constant(const std::string& name, const void* data, size_t bytes) {
+void Memory::add(const std::string& name, const void* data, size_t bytes) {
   ranges_->add(name, data, bytes, true, true);
 }
 
