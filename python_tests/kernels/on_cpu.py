@@ -30,7 +30,8 @@ UNITS: list[tuple[str, list[str]]] = [
     ("execution/driver_kernels.cpp", ["-O1", "-DDEFGAN_STORAGE=Half", "-DDEFGAN_RUN=run_float16"]),
     ("execution/driver_kernels.cpp", ["-O1", "-DDEFGAN_STORAGE=Bfloat16", "-DDEFGAN_RUN=run_bfloat16"]),
     ("execution/driver_kernels.cpp", ["-O1", "-DDEFGAN_STORAGE=float", "-DDEFGAN_RUN=run_float32"]),
-    ("execution/launch.cpp", ["-O2"]),
+    ("execution/executor.cpp", ["-O3"]),
+    ("execution/shadow.cpp", ["-O2"]),
     ("execution/fiber.cpp", ["-O2"]),
     ("execution/driver.cpp", ["-O1"]),
     ("program.cpp", ["-O1"]),
@@ -39,7 +40,9 @@ UNITS: list[tuple[str, list[str]]] = [
 ]
 
 
-def build(csrc: Path = ROOT / "csrc", target: Path = ROOT / "build" / "cuda-on-cpu", flags: Sequence[str] = ()) -> Path:
+def build(
+    csrc: Path = ROOT / "csrc", target: Path = ROOT / "build" / "cuda-on-cpu", flags: Sequence[str] = ()
+) -> Path:
     """Compiles the library, unless this state of the sources has been compiled already.
 
     Args:
