@@ -84,10 +84,13 @@ def compile_flags(cuda: bool) -> list[str]:
 
 
 def shipped_files(csrc: Path) -> list[Path]:
-    """What an installed package needs in order to compile on first import: sources and headers, sorted."""
+    """What an installed package needs in order to compile on first import: sources and headers, sorted.
+
+    Neither the C++ tests nor the execution of CUDA kernels on the CPU, which serves tests alone.
+    """
     suffixes = {".cpp", ".h", ".cu", ".cuh"}
     files = (path for path in csrc.rglob("*") if path.suffix in suffixes)
-    return sorted(path for path in files if "tests" not in path.relative_to(csrc).parts)
+    return sorted(path for path in files if not {"tests", "execution"} & set(path.relative_to(csrc).parts))
 
 
 def fingerprint(csrc: Path) -> str:
