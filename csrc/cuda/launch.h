@@ -52,6 +52,8 @@ struct Schedule {
   Mapping mapping = Mapping::kLayered;
   int64_t rows_in_flight = 0;  // per launch; more rows take several launches
   int teams = 0, blocks_per_team = 0;
+  int64_t exact_rows_in_flight = 0;  // the same of the float32 pass that evaluates the errors, or decodes
+  int exact_blocks = 0;
   size_t workspace_bytes = 0;  // packed weights and activations
   std::string reason;          // one clause: why this mapping
 };

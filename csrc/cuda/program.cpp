@@ -534,7 +534,10 @@ class Builder {
 Program::Program(const Plan& given, const std::vector<int64_t>& elements, Precision wanted)
     : plan(given), precision(wanted) {
   Builder(*this, elements).build();
-  if (precision != Precision::kFloat32) exact = std::make_shared<const Program>(plan, elements, Precision::kFloat32);
+  if (precision == Precision::kFloat32) return;
+  exact = std::make_shared<const Program>(plan, elements, Precision::kFloat32);
+  tables.resize((tables.size() + 255) / 256 * 256);
+  tables.insert(tables.end(), exact->tables.begin(), exact->tables.end());
 }
 
 std::shared_ptr<const Program> make_program(const Plan& plan, const std::vector<int64_t>& elements,

@@ -113,6 +113,7 @@ class Program {
   std::vector<PositionClass> classes;
   std::vector<int32_t> index;
   int64_t weight_bytes = 0, vector_floats = 0;
+  // This program's tables, then those of `exact` where there is one.
   std::vector<char> tables;
   // Of a precision with fewer than 32 bits: evaluates the final error and decodes.
   std::shared_ptr<const Program> exact;
@@ -120,5 +121,10 @@ class Program {
   int element_bytes() const { return precision == Precision::kFloat32 ? 4 : 2; }
   const Program& float32() const { return exact ? *exact : *this; }
 };
+
+// Bytes into the tables where those of program.float32() begin.
+inline int64_t exact_tables_offset(const Program& program) {
+  return program.exact ? int64_t(program.tables.size() - program.exact->tables.size()) : 0;
+}
 
 }  // namespace defgan::cuda
