@@ -21,7 +21,7 @@ TORCH_STAMP := $(VENV)/.torch-$(KEY)
 INSTALLED := $(VENV)/.installed-$(KEY)
 BUILT := $(VENV)/.built-$(KEY)
 TOOLS := $(VENV)/.tools-$(KEY)
-SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*.,cpp h cu)))
+SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*.,cpp h cu cuh)))
 CUDA_VENV := .venv-cuda
 CUDA_STAMP := $(CUDA_VENV)/.torch-$(shell printf '%s' '$(CUDA_TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 CMAKE = $(shell command -v cmake || echo $(BIN)/cmake)
@@ -44,12 +44,12 @@ lint: $(TOOLS) $(BUILT) ## ruff, mypy and clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(TOOLS) ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
+	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 weights: $(BUILT) ## train the shipped networks anew (hours), measure them, and put them in the package
 	$(PY) -m defgan_fast train weights --dataset digits --out defgan_fast/weights $(ARGS)
