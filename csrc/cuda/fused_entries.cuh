@@ -19,6 +19,12 @@ template <class S>
 void launch_fused(const KernelLaunch& l, cudaStream_t stream) {
   with_geometry(l.geometry, [&](auto g) {
     const auto entry = &fused_entry<S, decltype(g)>;
+    // Made from the PTX of an older architecture it would be the empty body, and leave the latents unwritten.
+    cudaFuncAttributes compiled;
+    check(cudaFuncGetAttributes(&compiled, entry), "asking for the fused kernel's attributes");
+    if (compiled.ptxVersion < 90 || compiled.ptxVersion >= 110)
+      throw std::runtime_error("the fused kernel was not compiled for this GPU: build with its architecture in "
+                               "TORCH_CUDA_ARCH_LIST");
     check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)),
           "asking for the fused kernel's shared memory");
     entry<<<l.blocks, l.threads, l.shared_bytes, stream>>>(*static_cast<const FusedParams*>(l.params));
