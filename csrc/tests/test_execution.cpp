@@ -850,6 +850,8 @@ void wrong_use() {
   throws<std::invalid_argument>("overlaps", [&] { memory.add("inside", data + 1, 8, true); });
   throws<std::invalid_argument>("within one range", [&] { memory.mark_initialised(data + 30, 16); });
   throws<std::invalid_argument>("no range", [&] { memory.remove(data + 1); });
+  memory.add("empty", data, 0, true);
+  memory.add("empty, nowhere", nullptr, 0, true);
   memory.add("after", data + 32, 128, true);
   memory.remove(data);
   memory.add("again", data, 128, true);
