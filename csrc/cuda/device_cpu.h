@@ -67,6 +67,15 @@ void store_shared(T* p, const std::common_type_t<T>& value, Site site = Site::he
   detail::store(execution::Access::kStoreShared, p, value, site);
 }
 
+// A struct, by reference; checked here as if all of it were loaded here.
+template <class T>
+const T& view_shared(const T* p, Site site = Site::here()) {
+  static_assert(alignof(T) % 16 == 0, "checked in 16-byte words");
+  for (size_t i = 0; i < sizeof(T); i += 16)
+    execution::check_access(execution::Access::kLoadShared, reinterpret_cast<const char*>(p) + i, 16, site);
+  return *p;
+}
+
 // The bytes arrive when the copying thread waits for them, never earlier.
 inline void copy_async_16(void* shared, const void* global, Site site = Site::here()) {
   execution::copy_async_16(shared, global, site);

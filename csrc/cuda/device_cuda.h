@@ -79,13 +79,23 @@ DEFGAN_DEVICE void store_global(T* p, const std::common_type_t<T>& value) {
 template <class T>
 DEFGAN_DEVICE T load_shared(const T* p) {
   __builtin_assume(__isShared(p));
-  return detail::bits_as<T>(*reinterpret_cast<const detail::WordOf<T>*>(p));
+  // By way of a variable: copied from the reference, 16 bytes became 16 loads, their alignment forgotten.
+  const detail::WordOf<T> word = *reinterpret_cast<const detail::WordOf<T>*>(p);
+  return detail::bits_as<T>(word);
 }
 
 template <class T>
 DEFGAN_DEVICE void store_shared(T* p, const std::common_type_t<T>& value) {
   __builtin_assume(__isShared(p));
   *reinterpret_cast<detail::WordOf<T>*>(p) = detail::bits_as<detail::WordOf<T>>(value);
+}
+
+// A struct in shared memory, by reference. Whoever reads it must not do so beyond the next barrier after which it may be
+// written again: what the reference is used for is not checked, only this call.
+template <class T>
+DEFGAN_DEVICE const T& view_shared(const T* p) {
+  __builtin_assume(__isShared(p));
+  return *p;
 }
 
 // Global to shared past the registers (cp.async.cg); both 16-byte aligned.

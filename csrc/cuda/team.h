@@ -37,6 +37,7 @@ struct Team {
   DEFGAN_DEVICE explicit Team(const TeamParams& params) : p(params), h(tables()->header) {
     bring(&tables()->header, p.tables);
     sync_block();
+    view_shared(&h);
     index = reinterpret_cast<const int32_t*>(p.tables + h.index);
     const int team = block_index() / p.blocks_per_team;
     first_group = int(int64_t(p.group_count) * team / p.teams);
@@ -67,7 +68,7 @@ struct Team {
   // --- the latent ---------------------------------------------------------------------------------------
 
   DEFGAN_DEVICE_NOINLINE void start() const {
-    const int64_t input = tables()->stage[0].source;
+    const int64_t input = view_shared(&tables()->stage[0]).source;
     for (int i = thread; i < groups * h.latent_chunks * kLanes; i += threads) {
       const int lane = i % kLanes, chunk = i / kLanes % h.latent_chunks, group = i / kLanes / h.latent_chunks;
       float* const latent = reinterpret_cast<float*>(buffers(group) + h.latent);
@@ -331,7 +332,7 @@ struct Team {
       const float rate = descend ? load_constant(p.call.rates + step) : 0.0f;
       for (int n = 0; n < stages; ++n) {
         bring_stage(n + 1 < stages ? n + 1 : 0, 1 - slot);
-        run_stage(tables()->stage[slot], rate);
+        run_stage(view_shared(&tables()->stage[slot]), rate);
         meet();
         slot = 1 - slot;
       }

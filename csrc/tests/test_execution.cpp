@@ -430,6 +430,28 @@ void constants() {
   });
 }
 
+struct alignas(16) Settings {
+  int values[12];
+};
+
+// A struct in shared memory that one thread brings and all read, again and again.
+void views() {
+  for (const int bug : {0, 1, 2})
+    expect_shared("view",
+                  bug == 0 ? std::vector<std::string>{""} : std::vector<std::string>{"race", "nothing has written"},
+                  {1, 64, sizeof(Settings), false}, [&] {
+                    auto* settings = reinterpret_cast<Settings*>(shared_memory());
+                    for (int round = 0; round < 3; ++round) {
+                      if (thread_index() < 3)
+                        store_shared(reinterpret_cast<Float4*>(settings) + thread_index(), Float4{});
+                      if (bug != 1) sync_block();
+                      CHECK(bug || view_shared(settings).values[11] == 0, "view");
+                      if (bug) view_shared(settings);
+                      if (bug != 2) sync_block();
+                    }
+                  });
+}
+
 // Threads may share a word, each with bytes of its own.
 void parts_of_words() {
   for (const int bug : {0, 1, 2, 3})
@@ -828,6 +850,8 @@ void wrong_use() {
   throws<std::invalid_argument>("overlaps", [&] { memory.add("inside", data + 1, 8, true); });
   throws<std::invalid_argument>("within one range", [&] { memory.mark_initialised(data + 30, 16); });
   throws<std::invalid_argument>("no range", [&] { memory.remove(data + 1); });
+  memory.add("empty", data, 0, true);
+  memory.add("empty, nowhere", nullptr, 0, true);
   memory.add("after", data + 32, 128, true);
   memory.remove(data);
   memory.add("again", data, 128, true);
@@ -883,6 +907,7 @@ int main() {
   wrong_index();
   uninitialised_memory();
   constants();
+  views();
   parts_of_words();
   asynchronous_copies();
   random_programs();

@@ -71,7 +71,7 @@ BUGS = [
         "i < G::kPixels * (kGroupRows / 2); i +=",
         "i < G::kPixels * (kGroupRows / 2) + PLANTED; i +=",
         "fused",
-        (RACE,),
+        (RACE, NOTHING_WRITTEN),
     ),
     Bug(
         "rows, one too many",
@@ -143,7 +143,7 @@ BUGS = [
         "const bool has_latents = warp < kLatentTiles;",
         "const bool has_latents = warp < kLatentTiles && lane < 32 - PLANTED;",
         "fused",
-        (PARTING,),
+        (PARTING, "deadlock: "),
     ),
     Bug("mask shifted", FUSED, "uint16_t(mask));", "uint16_t(mask >> PLANTED));", "fused", (VALUES,)),
     # layered and split
@@ -230,17 +230,17 @@ BUGS = [
     Bug(
         "activations as constants",
         GEMM,
-        "b[slot][i] = load_global(reinterpret_cast<const Vec4*>(at) + lane);",
-        "b[slot][i] = PLANTED ? load_constant(reinterpret_cast<const Vec4*>(at) + lane)\n"
-        "                     : load_global(reinterpret_cast<const Vec4*>(at) + lane);",
+        "b[slot][i] = load_global(sources + (source[i] + uint32_t(chunk) * kBlockWords));",
+        "const Vec4* at = sources + (source[i] + uint32_t(chunk) * kBlockWords);"
+        "b[slot][i] = PLANTED ? load_constant(at) : load_global(at);",
         "layered",
         (CONSTANT,),
     ),
     Bug(
         "next group's activations",
         GEMM,
-        "const char* at = target.groups + int64_t(columns.group[i])",
-        "const char* at = target.groups + int64_t(columns.group[i] + PLANTED)",
+        "buffers[i] = uint32_t(columns.group[i]) *",
+        "buffers[i] = (uint32_t(columns.group[i]) + PLANTED) *",
         "split",
         (RACE, OUT_OF_BOUNDS, NOTHING_WRITTEN),
     ),
@@ -264,8 +264,8 @@ BUGS = [
     Bug(
         "pieces of a matrix, one too many",
         PACKING,
-        "piece < pack.elements / kPiece; piece +=",
-        "piece < pack.elements / kPiece + PLANTED; piece +=",
+        "piece < pieces; piece +=",
+        "piece < pieces + PLANTED; piece +=",
         "layered",
         (RACE, OUT_OF_BOUNDS),
     ),
@@ -279,7 +279,7 @@ UNSEEN = {
 
 def _barriers() -> list[Bug]:
     bugs = []
-    for file, case in ((FUSED, "fused"), (TEAM, "layered"), (GEMM, "layered"), (PACKING, "layered")):
+    for file, case in ((FUSED, "fused"), (TEAM, "float32"), (GEMM, "layered"), (PACKING, "layered")):
         text = (CSRC / "cuda" / file).read_text()
         for match in re.finditer(r"\b(sync_block|sync_warp|meet)\(\);", text):
             function = re.findall(r"DEFGAN_DEVICE(?:_NOINLINE)?[^;{}]*?(\w+)\(", text[: match.start()])[-1]
@@ -385,7 +385,7 @@ def projection(case: str) -> Projection:
         z0 = torch.randn(restarts, k) / 8
         precision, mapping, blocks = "float16", "fused", 1
     else:
-        family = {"layered": "unfoldable-norm-a", "split": "flattened", "float32": "linear-a"}[case]
+        family = {"layered": "unfoldable-norm-a", "split": "latent-as-map", "float32": "linear-a"}[case]
         made = make_case(family, images=3, restarts=4)
         generator, images, z0, lr, momentum = made.generator, made.images, made.z0, made.lr, made.momentum
         precision = "float32" if case == "float32" else "float16"

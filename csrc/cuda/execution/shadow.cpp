@@ -51,6 +51,7 @@ Range* Memory::Ranges::at_or_before(uintptr_t address) {
 }
 
 void Memory::Ranges::add(const std::string& name, const void* data, size_t bytes, bool initialised, bool constant) {
+  if (bytes == 0) return;  // as of an empty tensor, whose address may be another's, or null
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   const auto next = ranges_.lower_bound(begin);
   const Range* before = begin == 0 ? nullptr : at_or_before(begin - 1);
