@@ -77,7 +77,9 @@ def write(path: Path, what: Any) -> None:
 def output_of(command: list[str], timeout: float = 60) -> str:
     """Standard output of a tool, empty where it is not there or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=timeout
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -109,8 +111,14 @@ def card(found: Findings) -> None:
     """Versions, and the limits that the card states."""
     import torch
 
-    found["python"], found["torch"], found["torch_cuda"] = sys.version.split()[0], torch.__version__, torch.version.cuda
-    found["commit"] = output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]) or None
+    found["python"], found["torch"], found["torch_cuda"] = (
+        sys.version.split()[0],
+        torch.__version__,
+        torch.version.cuda,
+    )
+    found["commit"] = (
+        output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]) or None
+    )
     lines = output_of(["nvcc", "--version"]).splitlines()
     found["nvcc"] = lines[-1] if lines else None
     found["tools"] = {tool: shutil.which(tool) for tool in ("compute-sanitizer", "ncu")}
@@ -239,7 +247,10 @@ def poison() -> None:
     if not torch.cuda.is_available():
         return
     torch.cuda.empty_cache()
-    blocks = [torch.full((size // 4,), math.nan, device="cuda") for size in (256 << 20, 64 << 20, 1 << 20, *[4096] * 64)]
+    blocks = [
+        torch.full((size // 4,), math.nan, device="cuda")
+        for size in (256 << 20, 64 << 20, 1 << 20, *[4096] * 64)
+    ]
     del blocks
 
 
@@ -291,7 +302,9 @@ def correctness(found: Findings) -> None:
     found["backend"] = what
     found["seed"] = seed = int.from_bytes(os.urandom(3), "little")
     print(f"    seed {seed}", flush=True)
-    names = ("digits", "mnist", "mnist_tensorflow", "celeba", "upsampling", "dcgan") if on_gpu else ("digits",)
+    names = (
+        ("digits", "mnist", "mnist_tensorflow", "celeba", "upsampling", "dcgan") if on_gpu else ("digits",)
+    )
     shapes = ((1, 1), (3, 3), (8, 3)) if on_gpu else ((1, 1), (3, 3))
     found["rows"] = []
     for name in names:
@@ -307,7 +320,9 @@ def correctness(found: Findings) -> None:
                     if found.left() < 5:
                         found.expect(False, f"out of time at {name}, {images} x {restarts}, {steps} steps")
                         return
-                    theirs = ((descents(work, steps, precision)[0] - z64).norm(dim=-1) / travelled).median().item()
+                    theirs = (
+                        ((descents(work, steps, precision)[0] - z64).norm(dim=-1) / travelled).median().item()
+                    )
                     bits = None
                     for chosen in mappings_for(generator, precision):
                         with mapping(chosen):
@@ -316,14 +331,24 @@ def correctness(found: Findings) -> None:
                         off = ((errors - e64).abs() / e64).median().item()
                         bound = 2 * theirs + EPSILON[precision]
                         label = f"{name}, {images} x {restarts}, {steps} steps, {precision}, {chosen}"
-                        row = {"case": label, "latent_error": ours, "pytorch": theirs, "bound": bound, "loss_error": off}
+                        row = {
+                            "case": label,
+                            "latent_error": ours,
+                            "pytorch": theirs,
+                            "bound": bound,
+                            "loss_error": off,
+                        }
                         found["rows"].append(row)
-                        found.expect(ours <= bound, f"{label}: latents are off by {ours:.1e}, at most {bound:.1e}")
+                        found.expect(
+                            ours <= bound, f"{label}: latents are off by {ours:.1e}, at most {bound:.1e}"
+                        )
                         found.expect(bool(torch.isfinite(errors).all()), f"{label}: errors are not finite")
                         if bits is None:
                             bits = (z, errors)
                         same = torch.equal(z, bits[0]) and torch.equal(errors, bits[1])
-                        found.expect(same, f"{label}: other bits than {mappings_for(generator, precision)[0]}")
+                        found.expect(
+                            same, f"{label}: other bits than {mappings_for(generator, precision)[0]}"
+                        )
         found.save()
 
     # The same bits from run to run, at every place in the batch, for every size of what is in flight.
@@ -338,7 +363,9 @@ def correctness(found: Findings) -> None:
                     same = all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
                     found.expect(same, f"{precision}, {chosen}, max_rows={max_rows}: other bits")
                 for first in (0, 5, 12):
-                    part = type(work)(work.generator, work.images[first : first + 1], work.z0[first : first + 1])
+                    part = type(work)(
+                        work.generator, work.images[first : first + 1], work.z0[first : first + 1]
+                    )
                     alone = projection(work.generator, part, 20, precision)
                     same = all(torch.equal(a[0], b[first]) for a, b in zip(alone, expected, strict=True))
                     found.expect(same, f"{precision}, {chosen}: image {first} alone has other bits")
@@ -356,7 +383,9 @@ def tiny(found: Findings) -> None:
         for chosen in mappings_for(work.generator, precision):
             with mapping(chosen):
                 _, errors = projection(work.generator, work, 1, precision)
-                found.expect(bool(torch.isfinite(errors).all()), f"{precision}, {chosen}: errors are not finite")
+                found.expect(
+                    bool(torch.isfinite(errors).all()), f"{precision}, {chosen}: errors are not finite"
+                )
 
 
 def sanitizer(found: Findings) -> None:
@@ -368,12 +397,33 @@ def sanitizer(found: Findings) -> None:
         raise Skip("compute-sanitizer was not found")
     for check in ("memcheck", "racecheck"):
         with tempfile.TemporaryDirectory() as folder:
-            child = [sys.executable, __file__, "--child", "tiny", "--result", f"{folder}/r.json", "--budget", "100"]
-            command = [tool, "--tool", check, "--kernel-name", "kernel_substring=defgan", "--error-exitcode", "9"]
+            child = [
+                sys.executable,
+                __file__,
+                "--child",
+                "tiny",
+                "--result",
+                f"{folder}/r.json",
+                "--budget",
+                "100",
+            ]
+            command = [
+                tool,
+                "--tool",
+                check,
+                "--kernel-name",
+                "kernel_substring=defgan",
+                "--error-exitcode",
+                "9",
+            ]
             start = time.monotonic()
             try:
                 done = subprocess.run(
-                    [*command, *child], capture_output=True, text=True, check=False, timeout=max(5, found.left() - 3)
+                    [*command, *child],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=max(5, found.left() - 3),
                 )
             except subprocess.TimeoutExpired:
                 found.expect(False, f"{check} ran out of time")
@@ -381,7 +431,9 @@ def sanitizer(found: Findings) -> None:
             found[check] = {"status": done.returncode, "seconds": round(time.monotonic() - start, 1)}
             summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
             found[check]["summary"] = summary
-            found.expect(done.returncode == 0 and bool(summary), f"{check}: {done.stdout[-1500:]} {done.stderr[-500:]}")
+            found.expect(
+                done.returncode == 0 and bool(summary), f"{check}: {done.stdout[-1500:]} {done.stderr[-500:]}"
+            )
             found.save()
 
 
@@ -414,8 +466,14 @@ def quality(found: Findings) -> None:
         chosen = own.gather(1, reference.best_restarts(errors)[:, None])[:, 0]
         regret = (chosen / own.min(1).values).max().item()
         mean = chosen.mean().item()
-        found[precision] = {"mean_final_error": mean, "ratio_to_float64": mean / best64, "worst_regret": regret}
-        found.expect(abs(mean / best64 - 1) < 0.01, f"{precision}: mean final error {mean:.6f}, float64 {best64:.6f}")
+        found[precision] = {
+            "mean_final_error": mean,
+            "ratio_to_float64": mean / best64,
+            "worst_regret": regret,
+        }
+        found.expect(
+            abs(mean / best64 - 1) < 0.01, f"{precision}: mean final error {mean:.6f}, float64 {best64:.6f}"
+        )
         found.expect(regret <= 1.001, f"{precision}: a chosen restart is {regret:.4f} times its best")
         found.save()
 
@@ -465,7 +523,11 @@ def timings(found: Findings) -> None:
             prepared = peer.prepare(work)
             run.check(peer, prepared, expected)
             once = seconds_of(lambda: prepared(run.CHECK_STEPS), 2)[1] / run.CHECK_STEPS
-            n = steps if label.startswith("defgan_fast") else max(run.CHECK_STEPS, min(steps, round(most / once / 7)))
+            n = (
+                steps
+                if label.startswith("defgan_fast")
+                else max(run.CHECK_STEPS, min(steps, round(most / once / 7)))
+            )
             prepared(n)
             each = seconds_of(lambda: prepared(n), 7)
         except Exception as error:  # a peer that cannot do it must not end the measurement of the others
@@ -544,8 +606,26 @@ def profile(found: Findings) -> None:
     if tool is None:
         raise Skip("ncu was not found")
     with tempfile.TemporaryDirectory() as folder:
-        child = [sys.executable, __file__, "--child", "profiled", "--result", f"{folder}/r.json", "--budget", "100"]
-        command = [tool, "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "--kernel-name-base", "demangled"]
+        child = [
+            sys.executable,
+            __file__,
+            "--child",
+            "profiled",
+            "--result",
+            f"{folder}/r.json",
+            "--budget",
+            "100",
+        ]
+        command = [
+            tool,
+            "--csv",
+            "--page",
+            "raw",
+            "--metrics",
+            ",".join(METRICS),
+            "--kernel-name-base",
+            "demangled",
+        ]
         command += ["--kernel-name", "regex:fused_entry|team_entry", "--clock-control", "none"]
         done = subprocess.run(
             [*command, *child], capture_output=True, text=True, check=False, timeout=max(5, found.left() - 2)
@@ -553,7 +633,9 @@ def profile(found: Findings) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
     table = list(csv.DictReader(io.StringIO("\n".join(lines))))
     launches = [row for row in table if row.get("Kernel Name")]
-    found["launches"] = [{key: row[key] for key in ("Kernel Name", "Grid Size", *METRICS) if row.get(key)} for row in launches]
+    found["launches"] = [
+        {key: row[key] for key in ("Kernel Name", "Grid Size", *METRICS) if row.get(key)} for row in launches
+    ]
     found.expect(bool(launches), f"ncu told nothing: {done.stdout[-800:]} {done.stderr[-400:]}")
 
 
@@ -601,7 +683,16 @@ def run_part(part: Part, budget: float) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--child", part.name, "--result", str(path), "--budget", f"{budget:.0f}"]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            part.name,
+            "--result",
+            str(path),
+            "--budget",
+            f"{budget:.0f}",
+        ]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         late = False
         try:
@@ -648,11 +739,21 @@ def table(result: dict[str, Any]) -> str:
             texts = (f"{cells[size]:>17.2f}" if size in cells else f"{'-':>17}" for size in sizes)
             lines.append(f"{', '.join(label):<44}" + "".join(texts))
         peers = [row for row in rows if not row["backend"].startswith("defgan_fast")]
-        ours = {row["images"]: row["ms"] for row in rows if (row["backend"], row["precision"]) == ("defgan_fast", "float16")}
-        for label, chosen in (("eager", [r for r in peers if r["backend"].startswith("eager")]), ("best peer", peers)):
-            best = {size: min((r["ms"] for r in chosen if r["images"] == size), default=None) for size in sizes}
+        ours = {
+            row["images"]: row["ms"]
+            for row in rows
+            if (row["backend"], row["precision"]) == ("defgan_fast", "float16")
+        }
+        for label, chosen in (
+            ("eager", [r for r in peers if r["backend"].startswith("eager")]),
+            ("best peer", peers),
+        ):
+            best = {
+                size: min((r["ms"] for r in chosen if r["images"] == size), default=None) for size in sizes
+            }
             texts = (
-                f"{best[size] / ours[size]:>16.1f}x" if best[size] and size in ours else f"{'-':>17}" for size in sizes
+                f"{best[size] / ours[size]:>16.1f}x" if best[size] and size in ours else f"{'-':>17}"
+                for size in sizes
             )
             lines.append(f"{'float16 to ' + label:<44}" + "".join(texts))
     return "\n".join(lines)
@@ -661,7 +762,9 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--part", choices=[part.name for part in PARTS], action="append", help="only this one")
+    parser.add_argument(
+        "--part", choices=[part.name for part in PARTS], action="append", help="only this one"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts, default {MINUTES:g}")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
@@ -680,7 +783,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{part.name} ...", flush=True)
         if budget < 5:
             result["parts"][part.name] = {
-                "failures": ["no time was left for it"], "outcome": "failed", "seconds_taken": 0.0
+                "failures": ["no time was left for it"],
+                "outcome": "failed",
+                "seconds_taken": 0.0,
             }
         else:
             result["parts"][part.name] = run_part(part, budget)

@@ -76,7 +76,7 @@ def _devices(module: ModuleType) -> list[dict[str, Any]]:
     found = []
     if ops.cuda_kernels_built and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
+            gpu: Any = torch.cuda.get_device_properties(index)
             properties = {
                 "capability": (gpu.major, gpu.minor),
                 "multiprocessors": gpu.multi_processor_count,
@@ -90,7 +90,12 @@ def _devices(module: ModuleType) -> list[dict[str, Any]]:
         properties = {key: device[key] for key in H100}
         device["capability"] = list(device["capability"])
         device["mappings"] = [
-            {"generator": name, "precision": precision, "rows": rows, **_schedule(module, generator, precision, rows, properties)}
+            {
+                "generator": name,
+                "precision": precision,
+                "rows": rows,
+                **_schedule(module, generator, precision, rows, properties),
+            }
             for name, generator in generators.items()
             for precision in ("float16", "float32")
             for rows in ROWS
@@ -156,7 +161,9 @@ def _text(found: dict[str, Any]) -> str:
     if cpu["active"]:
         rows.append(("instruction sets", f"{', '.join(cpu['instruction_sets'])}; in use: {cpu['active']}"))
     for device in found["cuda"]["devices"]:
-        rows.append(("GPU", device["name"] if device["present"] else f"none; planned for an {device['name']}:"))
+        rows.append(
+            ("GPU", device["name"] if device["present"] else f"none; planned for an {device['name']}:")
+        )
         forced = found["cuda"]["forced_mapping"]
         if forced:
             rows.append(("  DEFGAN_CUDA_MAPPING", forced))

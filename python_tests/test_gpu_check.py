@@ -104,7 +104,10 @@ def test_an_exception_is_a_failure_with_its_words(gpu_check, tmp_path, monkeypat
 
     monkeypatch.setitem(gpu_check.CHILDREN, "card", broken)
     assert gpu_check.run_child("card", tmp_path / "r.json", 10) == 1
-    assert json.loads((tmp_path / "r.json").read_text()) == {"failures": ["ValueError: no such thing"], "before": 1}
+    assert json.loads((tmp_path / "r.json").read_text()) == {
+        "failures": ["ValueError: no such thing"],
+        "before": 1,
+    }
 
 
 def test_budgets_fit_the_time_that_is_promised(gpu_check):

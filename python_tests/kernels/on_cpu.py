@@ -39,7 +39,9 @@ UNITS: list[tuple[str, list[str]]] = [
 ]
 
 
-def build(csrc: Path = ROOT / "csrc", target: Path = ROOT / "build" / "cuda-on-cpu", flags: Sequence[str] = ()) -> Path:
+def build(
+    csrc: Path = ROOT / "csrc", target: Path = ROOT / "build" / "cuda-on-cpu", flags: Sequence[str] = ()
+) -> Path:
     """Compiles the library, unless this state of the sources has been compiled already.
 
     Args:
