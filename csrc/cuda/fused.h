@@ -302,7 +302,7 @@ struct Fused {
   }
 
   // Sums -> gradient, 16 bits, at the beginning of the same slot. The four threads of a pixel are in one warp.
-  DEFGAN_DEVICE void image_to_gradient(int64_t first_row) const {
+  DEFGAN_DEVICE void image_to_gradient(int first_row) const {
     each_pair([&](int pixel, int pair) {
       const Float2 sum = load_shared(image_sums(pixel, pair));
       const auto gradient = [&](float value, int row) {
@@ -444,7 +444,7 @@ struct Fused {
   // --- all steps ----------------------------------------------------------------------------------------
 
   DEFGAN_DEVICE void run() const {
-    const int64_t first_row = p.call.first_row + int64_t(block_index()) * kGroupRows;
+    const int first_row = p.call.first_row + block_index() * kGroupRows;
     // Number i of a lane's latents: channel + 8 (i / 2), row + i % 2.
     const int channel = channel_of(warp), row = lane % 4 * 2;
     const bool has_latents = warp < kLatentTiles;
@@ -495,8 +495,8 @@ struct Fused {
     }
     if (has_latents)
       static_for<4>([&](auto i) {
-        const int64_t r = first_row + row + i % 2;
-        if (r < p.call.rows) store_global(p.call.latents + r * G::kLatent + channel + i / 2 * 8, latent[i]);
+        const int r = first_row + row + i % 2;
+        if (r < p.call.rows) store_global(p.call.latents + int64_t(r) * G::kLatent + channel + i / 2 * 8, latent[i]);
       });
   }
 };

@@ -35,7 +35,7 @@ struct Storage {  // Half, Bfloat16
 
   DEFGAN_DEVICE static int channel(int lane, int j) { return lane % 4 * 2 + j % 2 + j / 2 * 8; }
   DEFGAN_DEVICE static int row(int lane, int) { return lane / 4; }
-  DEFGAN_DEVICE static int64_t offset(int channel, int row) {  // of one number within its block
+  DEFGAN_DEVICE static int offset(int channel, int row) {  // of one number within its block
     const int lane = row * 4 + channel % 8 / 2;
     return lane * 16 + channel / 8 * 4 + channel % 2 * 2;
   }
@@ -71,7 +71,7 @@ struct Storage<float> {
 
   DEFGAN_DEVICE static int channel(int lane, int) { return lane; }
   DEFGAN_DEVICE static int row(int, int j) { return j; }
-  DEFGAN_DEVICE static int64_t offset(int channel, int row) { return (channel * kGroupRows + row) * 4; }
+  DEFGAN_DEVICE static int offset(int channel, int row) { return (channel * kGroupRows + row) * 4; }
   DEFGAN_DEVICE static void load(const char* block, int lane, float (&v)[kPiece]) {
     const Float4* at = reinterpret_cast<const Float4*>(block) + lane * 2;
     const Float4 low = load_global(at), high = load_global(at + 1);
@@ -141,13 +141,13 @@ DEFGAN_DEVICE void momentum_step(float& latent, float& velocity, float gradient,
 }
 
 // Rows beyond the last one are computed with zeros, so that they disturb nobody, and never written.
-DEFGAN_DEVICE float starting_latent(const Call& call, int64_t row, int channel, int latent_size) {
+DEFGAN_DEVICE float starting_latent(const Call& call, int row, int channel, int latent_size) {
   if (row >= call.rows || channel >= latent_size) return 0.0f;
-  const int64_t line = call.start_per_image ? row : row % call.restarts;
-  return load_constant(call.start + line * latent_size + channel);
+  const int line = call.start_per_image ? row : row % call.restarts;
+  return load_constant(call.start + int64_t(line) * latent_size + channel);
 }
-DEFGAN_DEVICE float target_pixel(const Call& call, int64_t row, int pixel, int pixels) {
-  return row < call.rows ? load_constant(call.images + row / call.restarts * pixels + pixel) : 0.0f;
+DEFGAN_DEVICE float target_pixel(const Call& call, int row, int pixel, int pixels) {
+  return row < call.rows ? load_constant(call.images + int64_t(row / call.restarts) * pixels + pixel) : 0.0f;
 }
 
 }  // namespace defgan::cuda

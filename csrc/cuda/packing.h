@@ -49,13 +49,13 @@ DEFGAN_DEVICE float packed_vector(const PackParams& p, const PackVector& v, cons
 
 // The piece of 8 elements (one lane's part of a fragment) with number `piece`.
 template <class S>
-DEFGAN_DEVICE void pack_piece(const PackParams& p, const Pack& pack, const int32_t* index, int64_t piece) {
-  const int lane = int(piece % kLanes);
-  const int64_t fragment = piece / kLanes;
+DEFGAN_DEVICE void pack_piece(const PackParams& p, const Pack& pack, const int32_t* index, int piece) {
+  const int lane = piece % kLanes;
+  const int fragment = piece / kLanes;
   const int row_tiles = pack.rows / 16, column_tiles = pack.columns / 16;
-  const int column = int(fragment % column_tiles) * 16 + lane % 4 * 2;
-  const int row = int(fragment / column_tiles % row_tiles) * 16 + lane / 4;
-  const int matrix = int(fragment / column_tiles / row_tiles);
+  const int column = fragment % column_tiles * 16 + lane % 4 * 2;
+  const int row = fragment / column_tiles % row_tiles * 16 + lane / 4;
+  const int matrix = fragment / column_tiles / row_tiles;
   uint32_t words[4];
   for (int j = 0; j < 4; ++j) {
     const int m = row + j % 2 * 8, k = column + j / 2 * 8;
@@ -65,15 +65,15 @@ DEFGAN_DEVICE void pack_piece(const PackParams& p, const Pack& pack, const int32
 }
 
 template <>
-DEFGAN_DEVICE void pack_piece<float>(const PackParams& p, const Pack& pack, const int32_t* index, int64_t piece) {
-  const int part = int(piece % 4);
-  const int64_t line = piece / 4;
-  const int column = int(line % pack.columns), row_blocks = pack.rows / kChunk;
-  const int row = int(line / pack.columns % row_blocks) * kChunk + part * kPiece;
-  const int matrix = int(line / pack.columns / row_blocks);
+DEFGAN_DEVICE void pack_piece<float>(const PackParams& p, const Pack& pack, const int32_t* index, int piece) {
+  const int part = piece % 4;
+  const int line = piece / 4;
+  const int column = line % pack.columns, row_blocks = pack.rows / kChunk;
+  const int row = line / pack.columns % row_blocks * kChunk + part * kPiece;
+  const int matrix = line / pack.columns / row_blocks;
   float v[kPiece];
   for (int j = 0; j < kPiece; ++j) v[j] = packed_weight(p, pack, index, matrix, row + j, column);
-  Float4* to = reinterpret_cast<Float4*>(p.weights + pack.weights) + piece * 2;
+  Float4* to = reinterpret_cast<Float4*>(p.weights + pack.weights) + int64_t(piece) * 2;
   store_global(to, Float4{v[0], v[1], v[2], v[3]});
   store_global(to + 1, Float4{v[4], v[5], v[6], v[7]});
 }
@@ -82,16 +82,17 @@ template <class S>
 DEFGAN_DEVICE void pack_kernel(const PackParams& p) {
   const Header h = load_table<Header>(p.tables);
   const int32_t* index = reinterpret_cast<const int32_t*>(p.tables + h.index);
-  const int64_t threads = int64_t(block_count()) * block_threads();
-  const int64_t first = int64_t(block_index()) * block_threads() + thread_index();
+  const int threads = block_count() * block_threads();
+  const int first = block_index() * block_threads() + thread_index();
   for (int n = 0; n < h.pack_count; ++n) {
     const Pack pack = load_table<Pack>(p.tables + h.packs + n * sizeof(Pack));
-    for (int64_t piece = first; piece < pack.elements / kPiece; piece += threads) pack_piece<S>(p, pack, index, piece);
+    const int pieces = int(pack.elements / kPiece);
+    for (int piece = first; piece < pieces; piece += threads) pack_piece<S>(p, pack, index, piece);
   }
   for (int n = 0; n < h.vector_count; ++n) {
     const PackVector v = load_table<PackVector>(p.tables + h.vectors + n * sizeof(PackVector));
-    for (int64_t i = first; i < v.count; i += threads)
-      store_global(p.vectors + v.destination + i, packed_vector(p, v, index, int(i)));
+    for (int i = first; i < v.count; i += threads)
+      store_global(p.vectors + v.destination + i, packed_vector(p, v, index, i));
   }
 }
 

@@ -9,12 +9,16 @@ namespace defgan::cuda {
 constexpr int kLanes = 32;  // of a warp
 constexpr int kPiece = 8;   // numbers of a block that belong to one lane
 constexpr int kPackThreads = 256, kTeamThreads = 256, kFusedThreads = 256;
+constexpr int kTeamSharedBytes = sizeof(Header) + 2 * sizeof(Stage);
+
+// Counts are int32, which the host makes sure of: 64-bit divisions are subroutine calls on a GPU, and would cost the
+// callers registers. Only offsets in bytes are int64.
 
 // What is the same for every row of a call, and where its rows are.
 struct Call {
   const float* images;      // [B, pixels]
   const float* start;       // latents [R, k] or [B, R, k]
-  int64_t rows, first_row;  // of the whole call; the first one of this launch
+  int32_t rows, first_row;  // of the whole call; the first one of this launch
   int32_t restarts;
   int32_t start_per_image;
   const float* rates;  // [steps]

@@ -280,6 +280,8 @@ class Builder {
     pack.set_taps = add_table(taps);
     pack.set_norm = add_table(set_norm);
     pack.elements = int64_t(pack.matrices) * pack.rows * pack.columns;
+    if (pack.elements > int64_t(1) << 33)
+      throw std::invalid_argument("plan: a weight has too many elements for the CUDA kernels");
     pack.weights = p_.weight_bytes;
     s.weights = pack.weights;
     s.matrices = pack.matrices;

@@ -1,6 +1,7 @@
 #include "projection.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 #include "geometries.h"
@@ -46,10 +47,13 @@ size_t fused_shared_bytes(int geometry) {
   return bytes;
 }
 
-// Rows of one launch whose buffers are in global memory.
+// Rows of one launch whose buffers are in global memory. Kernels count what they hold in int32, by words of 8 bytes.
 int64_t rows_per_launch(const Program& program, int64_t rows, int64_t max_rows) {
-  const int64_t fitting = std::max<int64_t>(1, kWorkingBytes / program.header.group_bytes) * kGroupRows;
-  return std::max<int64_t>(1, std::min({rows, max_rows > 0 ? max_rows : fitting, int64_t(1) << 24}));
+  const auto fitting = [&](int64_t bytes) {
+    return std::max<int64_t>(1, bytes / program.header.group_bytes) * kGroupRows;
+  };
+  return std::max<int64_t>(
+      1, std::min({rows, max_rows > 0 ? max_rows : fitting(kWorkingBytes), fitting(int64_t(8) << 30)}));
 }
 
 // The workspace's parts, in order. Every pass has its own weights, the passes share the buffers of the groups.
@@ -100,15 +104,16 @@ void pack(Queue& queue, const Program& program, const char* tables, const std::v
 void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_in_flight, int teams,
                int blocks_per_team) {
   for (int64_t first = 0; first < p.call.rows; first += rows_in_flight) {
-    const int64_t end = std::min(p.call.rows, first + rows_in_flight);
+    const int64_t end = std::min<int64_t>(p.call.rows, first + rows_in_flight);
     TeamParams part = p;
-    part.call.first_row = first;
-    part.call.rows = end;
+    part.call.first_row = int32_t(first);
+    part.call.rows = int32_t(end);
     part.group_count = int(groups_of(end - first));
     part.teams = std::min(teams, part.group_count);
     part.blocks_per_team = blocks_per_team;
     queue.clear(p.barriers, size_t(part.teams) * sizeof(TeamBarrier));
-    queue.launch({KernelId::kTeam, program.precision, 0, &part, part.teams * blocks_per_team, kTeamThreads, 0, true});
+    queue.launch({KernelId::kTeam, program.precision, 0, &part, part.teams * blocks_per_team, kTeamThreads,
+                  kTeamSharedBytes, true});
   }
 }
 
@@ -134,10 +139,10 @@ void run_fused(Queue& queue, const Program& program, const char* weights, const 
   p.image_bias = program.stages[4].bias == kNone ? nullptr : bias(4);
   p.gradient_scale = program.header.gradient_scale;
   for (int64_t first = 0; first < call.rows; first += rows_in_flight) {
-    const int64_t end = std::min(call.rows, first + rows_in_flight);
+    const int64_t end = std::min<int64_t>(call.rows, first + rows_in_flight);
     p.call = call;
-    p.call.first_row = first;
-    p.call.rows = end;
+    p.call.first_row = int32_t(first);
+    p.call.rows = int32_t(end);
     queue.launch({KernelId::kFused, program.precision, geometry, &p, int(groups_of(end - first)), kFusedThreads,
                   fused_shared_bytes(geometry), false});
   }
@@ -160,6 +165,8 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
   if (device.major < 8)
     throw std::invalid_argument("the CUDA kernels need a device of compute capability 8.0 or later, got " +
                                 std::to_string(device.major) + "." + std::to_string(device.minor));
+  if (rows > std::numeric_limits<int32_t>::max() - kGroupRows)
+    throw std::invalid_argument("images times restarts must be below 2^31 on CUDA, got " + std::to_string(rows));
   Schedule s;
   const int64_t groups = groups_of(rows);
   const int processors = std::max(device.multiprocessors, 1);
@@ -230,7 +237,7 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   p.call.images = args.images;
   p.call.start = args.start;
   p.call.start_per_image = args.start_per_image;
-  p.call.rows = args.images_count * args.restarts;
+  p.call.rows = int32_t(args.images_count * args.restarts);
   p.call.restarts = args.restarts;
   p.call.rates = args.rates;
   p.call.steps = args.steps;
@@ -268,7 +275,7 @@ void decode(Queue& queue, const Program& program, const void* tables, const std:
   p.purpose = Purpose::kDecode;
   p.call.start = latents;
   p.call.start_per_image = 1;
-  p.call.rows = count;
+  p.call.rows = int32_t(count);
   p.call.restarts = 1;
   p.decoded = images;
   run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);

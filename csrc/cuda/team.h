@@ -11,23 +11,32 @@
 
 namespace defgan::cuda {
 
+// Its stages are functions of their own: inlined into the loop over steps, what each of them can compute beforehand would
+// be computed there, and occupy registers that the tiles of products need.
 template <class S>
 struct Team {
   // Tiles: few columns where a stage would not fill the team's warps otherwise. Bits do not depend on the choice.
   static constexpr bool kTensor = !std::is_same_v<S, float>;
-  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 8, 2, 1>, ScalarTile<8>>;
+  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, 2, 1>, ScalarTile<8>>;
   using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, 4, 1>, ScalarTile<1>>;
   using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, 4, kChains>, ScalarTile<1>>;
 
+  // What a stage needs of the tables, brought to shared memory while the stage before it runs.
+  struct Tables {
+    Header header;
+    Stage stage[2];
+  };
+
   const TeamParams& p;
-  Header h;
+  const Header& h;
   const int32_t* index;
   int first_group, groups;  // of this team
   int thread, threads;      // of the team
   TeamBarrier* barrier;
 
-  DEFGAN_DEVICE explicit Team(const TeamParams& params) : p(params) {
-    h = load_table<Header>(p.tables);
+  DEFGAN_DEVICE explicit Team(const TeamParams& params) : p(params), h(tables()->header) {
+    bring(&tables()->header, p.tables);
+    sync_block();
     index = reinterpret_cast<const int32_t*>(p.tables + h.index);
     const int team = block_index() / p.blocks_per_team;
     first_group = int(int64_t(p.group_count) * team / p.teams);
@@ -39,15 +48,26 @@ struct Team {
 
   DEFGAN_DEVICE void meet() const { sync_team(barrier, p.blocks_per_team); }
   DEFGAN_DEVICE char* buffers(int group) const { return p.groups + int64_t(first_group + group) * h.group_bytes; }
-  DEFGAN_DEVICE int64_t row_of(int group, int row) const {
-    return p.call.first_row + int64_t(first_group + group) * kGroupRows + row;
+  DEFGAN_DEVICE int row_of(int group, int row) const {
+    return p.call.first_row + (first_group + group) * kGroupRows + row;
   }
-  DEFGAN_DEVICE Stage stage(int n) const { return load_table<Stage>(p.tables + h.stages + n * sizeof(Stage)); }
+
+  DEFGAN_DEVICE static Tables* tables() { return reinterpret_cast<Tables*>(shared_memory()); }
+  template <class T>
+  DEFGAN_DEVICE static void bring(T* to, const char* from) {
+    const int i = thread_index();
+    if (i < int(sizeof(T) / 16))
+      store_shared(reinterpret_cast<Vec4*>(to) + i, load_constant(reinterpret_cast<const Vec4*>(from) + i));
+  }
+  // The slot of a stage is free since the barrier before the last one.
+  DEFGAN_DEVICE void bring_stage(int n, int slot) const {
+    bring(&tables()->stage[slot], p.tables + h.stages + n * int64_t(sizeof(Stage)));
+  }
 
   // --- the latent ---------------------------------------------------------------------------------------
 
-  DEFGAN_DEVICE void start() const {
-    const int64_t input = stage(0).source;
+  DEFGAN_DEVICE_NOINLINE void start() const {
+    const int64_t input = tables()->stage[0].source;
     for (int i = thread; i < groups * h.latent_chunks * kLanes; i += threads) {
       const int lane = i % kLanes, chunk = i / kLanes % h.latent_chunks, group = i / kLanes / h.latent_chunks;
       float* const latent = reinterpret_cast<float*>(buffers(group) + h.latent);
@@ -61,78 +81,79 @@ struct Team {
           store_global(velocity + channel * kGroupRows + row, 0.0f);
         }
       });
-      Storage<S>::store(buffers(group) + input + int64_t(chunk) * Storage<S>::kBlockBytes, lane, v);
+      Storage<S>::store(buffers(group) + input + chunk * Storage<S>::kBlockBytes, lane, v);
     }
   }
 
-  DEFGAN_DEVICE void write_latents() const {
+  DEFGAN_DEVICE_NOINLINE void write_latents() const {
     for (int i = thread; i < groups * kGroupRows * h.latent_size; i += threads) {
       const int channel = i % h.latent_size, row = i / h.latent_size % kGroupRows,
                 group = i / h.latent_size / kGroupRows;
-      const int64_t r = row_of(group, row);
+      const int r = row_of(group, row);
       if (r >= p.call.rows) continue;
       const float* latent = reinterpret_cast<const float*>(buffers(group) + h.latent);
-      store_global(p.call.latents + r * h.latent_size + channel, load_global(latent + channel * kGroupRows + row));
+      store_global(p.call.latents + int64_t(r) * h.latent_size + channel,
+                   load_global(latent + channel * kGroupRows + row));
     }
   }
 
   // --- stages -------------------------------------------------------------------------------------------
 
-  DEFGAN_DEVICE PositionClass position_class(const Stage& s, int n) const {
-    return load_table<PositionClass>(p.tables + h.classes + int64_t(s.classes + n) * sizeof(PositionClass));
+  template <class Tile>
+  DEFGAN_DEVICE int tiles_across(int positions) const {
+    return (positions * groups + Tile::kWidth - 1) / Tile::kWidth;
+  }
+  template <class Tile>
+  DEFGAN_DEVICE static int blocks_of(const Stage& s) {
+    return s.destination_chunks * kChunk / Tile::kChannels;
   }
 
   template <class Tile>
-  DEFGAN_DEVICE int64_t tiles_of(const Stage& s, const PositionClass& c) const {
-    const int blocks = s.destination_chunks * kChunk / Tile::kChannels;
-    return (int64_t(c.positions) * groups + Tile::kWidth - 1) / Tile::kWidth * blocks;
-  }
-
-  template <class Tile>
-  DEFGAN_DEVICE void multiply_tiles(const Stage& s, const Target& target) const {
-    const int lane = thread % kLanes, warps = threads / kLanes;
-    int64_t task = thread / kLanes;  // counted through all classes
+  DEFGAN_DEVICE void multiply_tiles(const Stage& s, const Product& product) const {
+    const int warps = threads / kLanes;
+    int task = thread / kLanes;  // counted through all classes
     for (int n = 0; n < s.class_count; ++n) {
-      const PositionClass c = position_class(s, n);
-      const int64_t tiles = tiles_of<Tile>(s, c),
-                    column_tiles = tiles / (s.destination_chunks * kChunk / Tile::kChannels);
-      // Neighbouring warps have the same weights, which L1 then serves.
-      for (; task < tiles; task += warps) {
-        Columns<Tile::kWidth> columns;
-        static_for<Tile::kWidth>([&](auto i) {
-          const int64_t column = task % column_tiles * Tile::kWidth + i;
-          columns.position[i] = int(column / groups < c.positions ? column / groups : c.positions);
-          columns.group[i] = uint32_t(first_group + column % groups);
-        });
-        Tile::run(target, p.weights, c, columns, int(task / column_tiles), lane);
-      }
+      const int across = tiles_across<Tile>(load_constant(&product.classes[n].positions));
+      const int tiles = across * blocks_of<Tile>(s);
+      for (; task < tiles; task += warps)
+        Tile::run(product, n, task / across, task % across * Tile::kWidth, thread % kLanes);
       task -= tiles;
     }
   }
 
   DEFGAN_DEVICE void multiply(const Stage& s, float rate) const {
-    const Target target{&h, &s, index, p.vectors, p.groups, p.call.momentum, rate};
-    if (s.chains > 1) return multiply_tiles<Long>(s, target);
-    int64_t wide = 0;
-    for (int n = 0; n < s.class_count; ++n) wide += tiles_of<Wide>(s, position_class(s, n));
+    const Product product{&h,
+                          &s,
+                          index,
+                          reinterpret_cast<const PositionClass*>(p.tables + h.classes) + s.classes,
+                          p.weights + s.weights,
+                          p.vectors,
+                          buffers(0),
+                          groups,
+                          p.call.momentum,
+                          rate};
+    if (s.chains > 1) return multiply_tiles<Long>(s, product);
+    int wide = 0;
+    for (int n = 0; n < s.class_count; ++n)
+      wide += tiles_across<Wide>(load_constant(&product.classes[n].positions)) * blocks_of<Wide>(s);
     if (wide * kLanes >= threads)
-      multiply_tiles<Wide>(s, target);
+      multiply_tiles<Wide>(s, product);
     else
-      multiply_tiles<Narrow>(s, target);
+      multiply_tiles<Narrow>(s, product);
   }
 
   // Calls visit(group, position, chunk, lane) for every piece of the stage's destination.
   template <class Visit>
   DEFGAN_DEVICE void each_piece(const Stage& s, const Visit& visit) const {
-    const int64_t pieces = int64_t(s.destination_positions) * s.destination_chunks * kLanes;
-    for (int64_t i = thread; i < pieces * groups; i += threads) {
-      const int64_t block = i % pieces / kLanes;
-      visit(int(i / pieces), int(block / s.destination_chunks), int(block % s.destination_chunks), int(i % kLanes));
+    const int pieces = s.destination_positions * s.destination_chunks * kLanes;
+    for (int i = thread; i < pieces * groups; i += threads) {
+      const int block = i % pieces / kLanes;
+      visit(i / pieces, block / s.destination_chunks, block % s.destination_chunks, i % kLanes);
     }
   }
 
   // A piece of a map or a reorder: into the sums, into an activation, or over one as its gradient.
-  DEFGAN_DEVICE void finish_piece(const Stage& s, const Target& target, int group, int position, int chunk, int lane,
+  DEFGAN_DEVICE void finish_piece(const Stage& s, float rate, int group, int position, int chunk, int lane,
                                   float (&v)[kPiece]) const {
     if (s.epilogue == Epilogue::kSums) {
       float* const sums = reinterpret_cast<float*>(buffers(group) + s.destination);
@@ -160,7 +181,7 @@ struct Team {
           float* const latent = reinterpret_cast<float*>(buffers(group) + h.latent) + at;
           float* const velocity = reinterpret_cast<float*>(buffers(group) + h.velocity) + at;
           float z = load_global(latent), speed = load_global(velocity);
-          momentum_step(z, speed, v[j], h.gradient_scale, target.momentum, target.rate);
+          momentum_step(z, speed, v[j], h.gradient_scale, p.call.momentum, rate);
           store_global(latent, z);
           store_global(velocity, speed);
           v[j] = z;
@@ -172,7 +193,7 @@ struct Team {
     Storage<S>::store(block, lane, v);
   }
 
-  DEFGAN_DEVICE void map(const Stage& s, const Target& target) const {
+  DEFGAN_DEVICE_NOINLINE void map(const Stage& s, float rate) const {
     each_piece(s, [&](int group, int position, int chunk, int lane) {
       const auto scaled = [&](int from, int scale_position, float (&v)[kPiece]) {
         Storage<S>::load(
@@ -197,7 +218,7 @@ struct Team {
           static_for<kPiece>([&](auto j) { v[j] = v[j] + part[j]; });
         }
       }
-      finish_piece(s, target, group, position, chunk, lane, v);
+      finish_piece(s, rate, group, position, chunk, lane, v);
     });
   }
 
@@ -212,20 +233,20 @@ struct Team {
     });
   }
 
-  DEFGAN_DEVICE void reorder(const Stage& s, const Target& target) const {
+  DEFGAN_DEVICE_NOINLINE void reorder(const Stage& s, float rate) const {
     each_piece(s, [&](int group, int position, int chunk, int lane) {
       const int width = s.source_chunks * kChunk;
       float v[kPiece];
       gather(s, position, chunk, lane, v, [&](int from, int row) {
-        const int64_t block = int64_t(from / width) * s.source_chunks + from % width / kChunk;
+        const int64_t block = from / width * s.source_chunks + from % width / kChunk;
         return Storage<S>::load_one(buffers(group) + s.source + block * Storage<S>::kBlockBytes +
                                     Storage<S>::offset(from % kChunk, row));
       });
-      finish_piece(s, target, group, position, chunk, lane, v);
+      finish_piece(s, rate, group, position, chunk, lane, v);
     });
   }
 
-  DEFGAN_DEVICE void spread(const Stage& s) const {
+  DEFGAN_DEVICE_NOINLINE void spread(const Stage& s) const {
     each_piece(s, [&](int group, int position, int chunk, int lane) {
       float v[kPiece];
       gather(s, position, chunk, lane, v, [&](int pixel, int row) {
@@ -238,10 +259,10 @@ struct Team {
   }
 
   // A thread makes two rows of one pixel from their sums, and the gradient of the error of it, or the pixel itself.
-  DEFGAN_DEVICE void image(const Stage& s) const {
+  DEFGAN_DEVICE_NOINLINE void image(const Stage& s) const {
     constexpr int kPairs = kGroupRows / 2;
-    for (int64_t i = thread; i < int64_t(groups) * s.pixels * kPairs; i += threads) {
-      const int pair = int(i % kPairs), pixel = int(i / kPairs % s.pixels), group = int(i / kPairs / s.pixels);
+    for (int i = thread; i < groups * s.pixels * kPairs; i += threads) {
+      const int pair = i % kPairs, pixel = i / kPairs % s.pixels, group = i / kPairs / s.pixels;
       const float* sums = reinterpret_cast<const float*>(buffers(group) + s.source);
       const float bias = s.bias == kNone ? 0.0f : load_constant(p.vectors + s.bias + pixel);
       Float2 sum{bias, bias};
@@ -252,7 +273,7 @@ struct Team {
         sum.x = sum.x + part.x;
         sum.y = sum.y + part.y;
       }
-      const int64_t row = row_of(group, pair * 2);
+      const int row = row_of(group, pair * 2);
       char* const destination = buffers(group) + s.destination + int64_t(pixel) * kGroupRows * kElementBytes<S>;
       if (p.purpose == Purpose::kDescend) {
         Storage<S>::store_pair(
@@ -264,14 +285,14 @@ struct Team {
       if (p.purpose == Purpose::kErrors) {
         Storage<S>::store_pair(destination, pair, low, high);
       } else {
-        if (row < p.call.rows) store_global(p.decoded + row * s.pixels + pixel, low);
-        if (row + 1 < p.call.rows) store_global(p.decoded + (row + 1) * s.pixels + pixel, high);
+        if (row < p.call.rows) store_global(p.decoded + int64_t(row) * s.pixels + pixel, low);
+        if (row + 1 < p.call.rows) store_global(p.decoded + int64_t(row + 1) * s.pixels + pixel, high);
       }
     }
   }
 
   // A warp sums the squares of one row, each lane its pixels, then the lanes pairwise: one order, whatever the team.
-  DEFGAN_DEVICE void errors() const {
+  DEFGAN_DEVICE_NOINLINE void errors() const {
     const int lane = thread % kLanes;
     for (int i = thread / kLanes; i < groups * kGroupRows; i += threads / kLanes) {
       const int row = i % kGroupRows, group = i / kGroupRows;
@@ -288,42 +309,41 @@ struct Team {
     }
   }
 
-  DEFGAN_DEVICE void run_stage(int n, float rate) const {
-    const Stage s = stage(n);
-    const Target target{&h, &s, index, p.vectors, p.groups, p.call.momentum, rate};
+  DEFGAN_DEVICE void run_stage(const Stage& s, float rate) const {
     switch (s.kind) {
       case StageKind::kGemm: multiply(s, rate); break;
-      case StageKind::kMap: map(s, target); break;
-      case StageKind::kReorder: reorder(s, target); break;
+      case StageKind::kMap: map(s, rate); break;
+      case StageKind::kReorder: reorder(s, rate); break;
       case StageKind::kImage: image(s); break;
       case StageKind::kSpread: spread(s); break;
     }
   }
 
   DEFGAN_DEVICE void run() const {
+    const bool descend = p.purpose == Purpose::kDescend;
+    const int stages = descend ? h.all_stages : h.forward_stages;
+    bring_stage(0, 0);
+    sync_block();
     start();
     meet();
-    if (p.purpose == Purpose::kDescend) {
-      for (int step = 0; step < p.call.steps; ++step) {
-        const float rate = load_constant(p.call.rates + step);
-        for (int n = 0; n < h.all_stages; ++n) {
-          run_stage(n, rate);
-          meet();
-        }
+    int slot = 0;
+    for (int step = 0; step < (descend ? p.call.steps : 1); ++step) {
+      const float rate = descend ? load_constant(p.call.rates + step) : 0.0f;
+      for (int n = 0; n < stages; ++n) {
+        bring_stage(n + 1 < stages ? n + 1 : 0, 1 - slot);
+        run_stage(tables()->stage[slot], rate);
+        meet();
+        slot = 1 - slot;
       }
-      write_latents();
-      return;
     }
-    for (int n = 0; n < h.forward_stages; ++n) {
-      run_stage(n, 0.0f);
-      if (n + 1 < h.forward_stages || p.purpose == Purpose::kErrors) meet();
-    }
+    if (descend) write_latents();
     if (p.purpose == Purpose::kErrors) errors();
   }
 };
 
 template <class S>
 DEFGAN_DEVICE void team_kernel(const TeamParams& p) {
+  static_assert(sizeof(typename Team<S>::Tables) <= kTeamSharedBytes, "what the host asks for");
   Team<S>(p).run();
 }
 

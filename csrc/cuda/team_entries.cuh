@@ -30,7 +30,7 @@ void launch_team(const KernelLaunch& l, cudaStream_t stream) {
   TeamParams p = *static_cast<const TeamParams*>(l.params);
   void* arguments[] = {&p};
   check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&team_entry<S>), dim3(unsigned(l.blocks)),
-                                    dim3(unsigned(l.threads)), arguments, 0, stream),
+                                    dim3(unsigned(l.threads)), arguments, l.shared_bytes, stream),
         "launching the team kernel");
 }
 

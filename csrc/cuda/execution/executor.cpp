@@ -177,7 +177,8 @@ class Executor {
   int pick();
   void suspend(Meeting meeting, Site site);
   void resume(Block& block);
-  [[noreturn]] void fail(const std::string& message);
+  // Unwinds the running thread's stack up to enter(), which ends the launch.
+  [[noreturn]] void fail(const std::string& message) { throw Failure(message); }
 
   // One word of an access.
   struct Place {
@@ -224,7 +225,6 @@ class Executor {
   Thread* self_ = nullptr;
   int live_ = 0;
   Time started_ = 0;
-  std::string error_;
   std::exception_ptr exception_;
 };
 
@@ -333,7 +333,6 @@ void Executor::run_resident(int first_block) {
   self_ = &threads_[pick()];
   Fiber::switch_to(main_, *self_->fiber);
   if (exception_) std::rethrow_exception(exception_);
-  if (!error_.empty()) throw Failure(error_);
 }
 
 // A thread of the same warp where there is one: its stack and its warp's data are in the cache.
@@ -372,11 +371,12 @@ void Executor::enter() {
   Fiber::entered();
   try {
     executor->kernel_();
+    executor->end_thread();
   } catch (...) {
     executor->exception_ = std::current_exception();
-    Fiber::switch_to(*executor->self().fiber, executor->main_);
   }
-  executor->end_thread();
+  Fiber::switch_to(*executor->self().fiber, executor->main_);
+  std::terminate();
 }
 
 void Executor::end_thread() {
@@ -391,15 +391,7 @@ void Executor::end_thread() {
     fail(describe(me) + " ends while threads of its block wait in sync_block at " + text_of(block.site));
   warp.ended |= 1u << me.lane;
   ++block.ended;
-  if (--live_ == 0) Fiber::switch_to(*me.fiber, main_);
-  suspend(Meeting::kEnd, Site{"", 0});
-  std::terminate();
-}
-
-void Executor::fail(const std::string& message) {
-  error_ = message;
-  Fiber::switch_to(*self_->fiber, main_);
-  std::terminate();
+  if (--live_ > 0) suspend(Meeting::kEnd, Site{"", 0});
 }
 
 // ---- meetings
@@ -408,7 +400,8 @@ void Executor::meet_as_warp(Meeting meeting, Site site, void (*last)(Warp&)) {
   Thread& me = *self_;
   Warp& warp = *me.warp;
   if (warp.ended != 0)
-    fail(describe(me) + " waits in " + name_of(meeting) + " at " + text_of(site) + ", but lanes of its warp have ended");
+    fail(describe(me) + " waits in " + name_of(meeting) + " at " + text_of(site) +
+         ", but lanes of its warp have ended");
   if (warp.arrived == 0) {
     warp.meeting = meeting;
     warp.site = site;
@@ -525,8 +518,7 @@ bool Executor::ordered(const Record& record, Time valid_since) const {
       if (set[b] && record.time >= (b == block.slot ? block.met : block.met_with[b])) return false;
     return true;
   }
-  if (static_cast<int>(who.block()) != block.index)
-    return cooperative_ && record.time < block.met_with[who.block()];
+  if (static_cast<int>(who.block()) != block.index) return cooperative_ && record.time < block.met_with[who.block()];
   const bool same_warp = who.kind() != Group::kBlock && (who.thread() ^ self_->who.thread()) < kWarpThreads;
   return record.time < (same_warp ? self_->warp->met : block.met);
 }
@@ -571,11 +563,14 @@ void Executor::read(Word& word, const Place& place) {
     if (!ordered(word.write, place.valid_since)) fail_race("loads", "stored", word.write, place);
     if (place.flag)
       fail(describe(*self_) + " loads " + describe(place) + " by load_constant at " + sites_.text_of(place.site) +
-           ", but " + describe(word.write.who) + " stored it in the same launch at " +
-           sites_.text_of(word.write.site));
+           ", but " + describe(word.write.who) + " stored it in the same launch at " + sites_.text_of(word.write.site));
   }
   const bool current = word.read.time >= place.valid_since;
-  const uint32_t flag = place.flag | (current ? word.read.site & kFlag : 0);
+  if (place.flag) {  // whoever writes it in this launch is at fault, ordered or not
+    if (!current || !(word.read.site & kFlag)) word.read = {self_->who, now(), place.site | kFlag};
+    return;
+  }
+  const uint32_t flag = current ? word.read.site & kFlag : 0;
   const bool alone = !current || ordered(word.read, place.valid_since);
   word.read = {alone ? self_->who : joined(word.read.who), now(), place.site | flag};
 }
@@ -620,15 +615,14 @@ void Executor::access(Access access, const void* pointer, size_t bytes, Site sit
     place.valid_since = started_;
     place.written_since = range->initialised ? 0 : 1;
     shadow = &range->shadow;
-    if (store && range->constant) {
-      place.address = address;
-      fail(describe(*self_) + " stores " + describe(place) + " at " + text_of(site) + ", which is constant");
-    }
   }
-  if (address % bytes != 0) {
-    place.address = address;
+  place.address = address;
+  if (address % bytes != 0)
     fail(describe(*self_) + " " + verb + " " + std::to_string(bytes) + " bytes from " + describe(place) + " on at " +
          text_of(site) + ", which is not aligned to them");
+  if (place.range != nullptr && place.range->constant) {
+    if (store) fail(describe(*self_) + " stores " + describe(place) + " at " + text_of(site) + ", which is constant");
+    return;
   }
   shadow->visit(address, bytes, store, [&](Word& word, uintptr_t at) {
     place.address = at;
@@ -662,9 +656,8 @@ void Executor::wait_for_copies(int pending) {
            ", whose source has been written to since");
     std::memcpy(copy.to, copy.from, 16);
     const Record arrived{me.who, now(), sites_.number_of(copy.site)};
-    me.block->shadow->visit(reinterpret_cast<uintptr_t>(copy.to), 16, true, [&](Word& word, uintptr_t) {
-      word = Word{arrived, {Group{}, 0, 0}};
-    });
+    me.block->shadow->visit(reinterpret_cast<uintptr_t>(copy.to), 16, true,
+                            [&](Word& word, uintptr_t) { word = Word{arrived, {Group{}, 0, 0}}; });
   }
   me.copies.resize(kept);
 }
@@ -727,16 +720,16 @@ void Executor::fail_outside(const void* pointer, size_t bytes, bool shared, cons
   std::string where;
   if (shared) {
     const auto offset = static_cast<long long>(address - reinterpret_cast<uintptr_t>(self_->block->shared));
-    where = "byte " + std::to_string(offset) + " of shared memory, of which the block has " +
-            std::to_string(shared_bytes_);
+    where =
+        "byte " + std::to_string(offset) + " of shared memory, of which the block has " + std::to_string(shared_bytes_);
   } else if (const Range* range = memory_.at_or_before(address)) {
     where = "byte " + std::to_string(address - range->begin) + " of '" + range->name + "', which has " +
             std::to_string(range->end - range->begin);
   } else {
     where = "memory that lies before everything a kernel may touch";
   }
-  fail("out of bounds: " + describe(*self_) + " " + verb + " " + std::to_string(bytes) + " bytes at " +
-       text_of(site) + " from " + where);
+  fail("out of bounds: " + describe(*self_) + " " + verb + " " + std::to_string(bytes) + " bytes at " + text_of(site) +
+       " from " + where);
 }
 
 // Who waits where, each place once with how many wait there and an example.
@@ -798,8 +791,7 @@ void sync_team(TeamBarrier* barrier, int blocks, Site site) { executor->meet_as_
 uint32_t shuffle_xor(uint32_t value, int mask, Site site) {
   Thread& me = executor->self();
   me.warp->in[me.lane] = value;
-  executor->meet_as_warp(Meeting::kShuffle, site,
-                         [](Warp& warp) { std::memcpy(warp.out, warp.in, sizeof(warp.out)); });
+  executor->meet_as_warp(Meeting::kShuffle, site, [](Warp& warp) { std::memcpy(warp.out, warp.in, sizeof(warp.out)); });
   return me.warp->out[(me.lane ^ mask) % kWarpThreads];
 }
 
@@ -828,9 +820,8 @@ void multiply_accumulate(Format format, float (&c)[4], const Vec4& a, uint32_t b
   operands.c[me.lane] = c;
   executor->meet_as_warp(
       Meeting::kMultiply, site,
-      format == Format::kHalf
-          ? [](Warp& warp) { multiply_accumulate_fragments(Format::kHalf, warp.operands); }
-          : [](Warp& warp) { multiply_accumulate_fragments(Format::kBfloat16, warp.operands); });
+      format == Format::kHalf ? [](Warp& warp) { multiply_accumulate_fragments(Format::kHalf, warp.operands); }
+                              : [](Warp& warp) { multiply_accumulate_fragments(Format::kBfloat16, warp.operands); });
 }
 
 uint16_t round_to(Format format, float value) {

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <new>
-#include <stdexcept>
 
 #if !defined(__x86_64__) && !defined(DEFGAN_PORTABLE_FIBERS)
 #define DEFGAN_PORTABLE_FIBERS
@@ -18,22 +17,13 @@
 #if __has_feature(address_sanitizer)
 #define DEFGAN_ADDRESS_SANITIZER
 #endif
-#if __has_feature(thread_sanitizer)
-#define DEFGAN_THREAD_SANITIZER
-#endif
 #endif
 #ifdef __SANITIZE_ADDRESS__
 #define DEFGAN_ADDRESS_SANITIZER
 #endif
-#ifdef __SANITIZE_THREAD__
-#define DEFGAN_THREAD_SANITIZER
-#endif
 #ifdef DEFGAN_ADDRESS_SANITIZER
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#endif
-#ifdef DEFGAN_THREAD_SANITIZER
-#include <sanitizer/tsan_interface.h>
 #endif
 
 namespace defgan::cuda::execution {
@@ -41,6 +31,7 @@ namespace defgan::cuda::execution {
 struct Fiber::Context {
   char* stack = nullptr;  // null: not ours to free
   size_t stack_bytes = 0;
+  size_t unused_bytes = 0;  // at the top
 #ifdef DEFGAN_PORTABLE_FIBERS
   ucontext_t registers;
 #else
@@ -51,19 +42,14 @@ struct Fiber::Context {
   size_t size = 0;
   void* fake_stack = nullptr;
 #endif
-#ifdef DEFGAN_THREAD_SANITIZER
-  void* tsan = nullptr;
-#endif
 };
 
-namespace {
-
 #ifdef DEFGAN_ADDRESS_SANITIZER
+namespace {
 // Who switched last: its stack's bounds become known when the one it switched to asks.
 Fiber* switched_from = nullptr;
-#endif
-
 }  // namespace
+#endif
 
 #ifndef DEFGAN_PORTABLE_FIBERS
 // The System V ABI keeps rbx, rbp and r12 to r15 across calls; all else is the caller's to save. Rounding and
@@ -95,17 +81,17 @@ defgan_switch_stack:
 )");
 #endif
 
-Fiber::Fiber() : context_(new Context) {
-#ifdef DEFGAN_THREAD_SANITIZER
-  context_->tsan = __tsan_get_current_fiber();
-#endif
-}
+Fiber::Fiber() : context_(new Context) {}
 
 Fiber::Fiber(size_t stack_bytes) : context_(new Context) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  context_->stack_bytes = (stack_bytes + page - 1) / page * page + page;
-  void* memory = mmap(nullptr, context_->stack_bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  // Stacks that all end at a page's end would share a few lines of the first-level cache among all threads of a warp.
+  constexpr size_t kLine = 64, kColours = 61;
+  static size_t created = 0;
+  context_->unused_bytes = created++ % kColours * kLine;
+  context_->stack_bytes = (stack_bytes + context_->unused_bytes + page - 1) / page * page + page;
+  void* memory =
+      mmap(nullptr, context_->stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     delete context_;
     throw std::bad_alloc();
@@ -120,9 +106,6 @@ Fiber::Fiber(size_t stack_bytes) : context_(new Context) {
 }
 
 Fiber::~Fiber() {
-#ifdef DEFGAN_THREAD_SANITIZER
-  if (context_->stack != nullptr && context_->tsan != nullptr) __tsan_destroy_fiber(context_->tsan);
-#endif
   if (context_->stack != nullptr) munmap(context_->stack, context_->stack_bytes);
   delete context_;
 }
@@ -132,21 +115,17 @@ void Fiber::prepare(void (*entry)()) {
   __asan_unpoison_memory_region(context_->bottom, context_->size);
   context_->fake_stack = nullptr;
 #endif
-#ifdef DEFGAN_THREAD_SANITIZER
-  if (context_->tsan != nullptr) __tsan_destroy_fiber(context_->tsan);
-  context_->tsan = __tsan_create_fiber(0);
-#endif
 #ifdef DEFGAN_PORTABLE_FIBERS
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   getcontext(&context_->registers);
   context_->registers.uc_stack.ss_sp = context_->stack + page;
-  context_->registers.uc_stack.ss_size = context_->stack_bytes - page;
+  context_->registers.uc_stack.ss_size = context_->stack_bytes - page - context_->unused_bytes;
   context_->registers.uc_link = nullptr;
   makecontext(&context_->registers, entry, 0);
 #else
   // As if entry had been called: six zero registers to pop, entry to return to, and a zero where its own return
   // address would be, so that the stack is 8 off a multiple of 16 on entry.
-  void** top = reinterpret_cast<void**>(context_->stack + context_->stack_bytes);
+  void** top = reinterpret_cast<void**>(context_->stack + context_->stack_bytes - context_->unused_bytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -158,9 +137,6 @@ void Fiber::switch_to(Fiber& from, Fiber& to) {
 #ifdef DEFGAN_ADDRESS_SANITIZER
   switched_from = &from;
   __sanitizer_start_switch_fiber(&from.context_->fake_stack, to.context_->bottom, to.context_->size);
-#endif
-#ifdef DEFGAN_THREAD_SANITIZER
-  __tsan_switch_to_fiber(to.context_->tsan, 0);
 #endif
 #ifdef DEFGAN_PORTABLE_FIBERS
   swapcontext(&from.context_->registers, &to.context_->registers);

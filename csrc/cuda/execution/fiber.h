@@ -1,6 +1,7 @@
 // A thread of execution that is switched by hand: what runs one GPU thread on the CPU. A switch costs a few
 // nanoseconds (x86-64: six registers and the stack pointer are exchanged) or, with -DDEFGAN_PORTABLE_FIBERS and on
-// other processors, two system calls (ucontext). AddressSanitizer and ThreadSanitizer are told of every switch.
+// other processors, two system calls (ucontext). AddressSanitizer is told of every switch; ThreadSanitizer is not, and
+// would mistake fibers for calls that never return.
 #pragma once
 
 #include <cstddef>

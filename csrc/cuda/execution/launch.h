@@ -30,7 +30,7 @@ class Memory {
   // initialised: the caller has written all of it. Otherwise it is filled with NaN (bytes 0xff), and a kernel that
   // reads what nothing wrote fails. Throws std::invalid_argument where ranges overlap.
   void add(const std::string& name, void* data, size_t bytes, bool initialised);
-  void add_constant(const std::string& name, const void* data, size_t bytes);  // a kernel that writes it fails
+  void add(const std::string& name, const void* data, size_t bytes);  // constant: a kernel that writes it fails
   // These bytes, of a range that was added, have been written by the caller since (as by cudaMemset or cudaMemcpy).
   void mark_initialised(const void* data, size_t bytes);
   void remove(const void* data);

@@ -8,11 +8,6 @@
 
 namespace defgan::cuda::execution {
 
-namespace {
-Time current_time = 1;
-}
-
-Time now() { return current_time; }
 Time advance() {
   if (current_time == ~Time{0}) throw std::runtime_error("more barriers than one process can count; run fewer steps");
   return ++current_time;
@@ -79,7 +74,7 @@ void Memory::add(const std::string& name, void* data, size_t bytes, bool initial
   if (!initialised) std::memset(data, 0xff, bytes);
 }
 
-void Memory::add_constant(const std::string& name, const void* data, size_t bytes) {
+void Memory::add(const std::string& name, const void* data, size_t bytes) {
   ranges_->add(name, data, bytes, true, true);
 }
 
@@ -87,9 +82,8 @@ void Memory::mark_initialised(const void* data, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   Range* range = ranges_->find(address, bytes);
   if (range == nullptr) throw std::invalid_argument("these bytes are not within one range of memory");
-  range->shadow.visit(address, bytes, true, [](Word& word, uintptr_t) {
-    word = Word{{Group{}, now(), 0}, {Group{}, 0, 0}};
-  });
+  range->shadow.visit(address, bytes, true,
+                      [](Word& word, uintptr_t) { word = Word{{Group{}, now(), 0}, {Group{}, 0, 0}}; });
 }
 
 void Memory::remove(const void* data) { ranges_->remove(data); }

@@ -121,7 +121,8 @@ class Memory::Ranges {
 };
 
 // The time of the process, which never goes back, so that nothing has to be forgotten between launches.
-Time now();
+inline Time current_time = 1;
+inline Time now() { return current_time; }
 Time advance();
 
 }  // namespace defgan::cuda::execution
