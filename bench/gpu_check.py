@@ -5,10 +5,10 @@
     python bench/gpu_check.py --part correctness     # one part (several: repeat it)
 
 Each part runs in a process of its own with a time budget: a part that fails, hangs or breaks the CUDA context does
-not take the others with it, and what a part had found until then is kept. Where there is no GPU, parts that can run
-on the CPU kernels rehearse on a tiny problem, so that the script is tested; they say so and give no time. The others
-are skipped by name. Needs Python 3.10, torch with CUDA, nvcc, pybind11, ninja and numpy; compute-sanitizer and ncu are
-used where found.
+not take the others with it, and what a part had found until then is kept. Where there is no GPU, parts rehearse on a
+tiny problem, so that the script is tested: what is about results on the kernels' execution on the CPU, what is about
+times on the CPU kernels, and without a time. The others are skipped by name. Needs Python 3.10, torch with CUDA, nvcc,
+pybind11, ninja and numpy; compute-sanitizer and ncu are used where found.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def build(found: Findings) -> None:
 
 
 def backend() -> str:
-    """What is checked: the CUDA kernels, or where there is no GPU the CPU's, as a rehearsal.
+    """Where this runs: "cuda", or where there is no GPU "cpu", as a rehearsal.
 
     Raises:
         RuntimeError: there is a GPU, and the kernels are not there for it.
@@ -206,8 +206,7 @@ def backend() -> str:
     return "cuda"
 
 
-def precisions() -> tuple[str, ...]:
-    return ("float32", "float16", "bfloat16") if backend() == "cuda" else ("float32", "bfloat16")
+PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 _plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -229,7 +228,7 @@ def mappings_for(generator: Any, precision: str) -> list[str]:
     from defgan_fast import _extension
 
     if backend() == "cpu":
-        return ["auto"]
+        return [name for name in MAPPINGS if name != "fused" or precision != "float32"]
     gpu = torch.cuda.get_device_properties(0)
     plan = plan_of(generator)
     elements = [tensor.numel() for tensor in plan.tensors(generator)]
@@ -276,6 +275,14 @@ def projection(generator: Any, work: Any, steps: int, precision: str, max_rows: 
     plan = plan_of(generator)
     parameters = [tensor.detach() for tensor in plan.tensors(generator)]
     rates = peers.learning_rates(steps)
+    if backend() == "cpu":
+        sys.path.insert(0, str(ROOT / "python_tests" / "kernels"))
+        import on_cpu
+
+        chosen = os.environ.get("DEFGAN_CUDA_MAPPING", "auto")
+        arguments = (work.images, work.z0, parameters, plan.text, rates, peers.MOMENTUM, precision, chosen)
+        result = on_cpu.kernels().project(*arguments, blocks=3, max_rows=max_rows or 0)
+        return result.latents, result.errors
     poison()
     return torch.ops.defgan_fast.project(
         work.images, work.z0, parameters, plan.text, rates, peers.MOMENTUM, precision, max_rows or 0, False
@@ -318,17 +325,20 @@ def correctness(found: Findings) -> None:
         ("digits", "mnist", "mnist_tensorflow", "celeba", "upsampling", "dcgan") if on_gpu else ("digits",)
     )
     shapes = ((1, 1), (3, 3), (8, 3)) if on_gpu else ((1, 1), (3, 3))
+    all_steps, long, batch, in_flight = (
+        ((1, 5), 20, 13, (None, 1, 7, 8, 20)) if on_gpu else ((1, 2), 2, 3, (None, 1, 8))
+    )
     found["rows"] = []
     for name in names:
         generator = moving_generator(name, seed=seed).to(what)
         for images, restarts in shapes:
             work = run.moved(run.problem(generator.cpu(), images, restarts, seed=seed + images), what)
             generator = work.generator
-            for steps in (1, 5):
+            for steps in all_steps:
                 z64, e64 = descents(work, steps, "float64")
                 travelled = (z64 - work.z0).norm(dim=-1)
                 found.expect(bool((travelled > 0).all()), f"{name}: the problem does not move")
-                for precision in precisions():
+                for precision in PRECISIONS:
                     if found.left() < 5:
                         found.expect(False, f"out of time at {name}, {images} x {restarts}, {steps} steps")
                         return
@@ -365,20 +375,20 @@ def correctness(found: Findings) -> None:
 
     # The same bits from run to run, at every place in the batch, for every size of what is in flight.
     generator = moving_generator("digits", seed=seed)
-    work = run.moved(run.problem(generator, 13, 3, seed=seed), what)
-    for precision in precisions():
-        expected = projection(work.generator, work, 20, precision)
+    work = run.moved(run.problem(generator, batch, 3, seed=seed), what)
+    for precision in PRECISIONS:
+        expected = projection(work.generator, work, long, precision)
         for chosen in mappings_for(work.generator, precision):
             with mapping(chosen):
-                for max_rows in (None, 1, 7, 8, 20):
-                    again = projection(work.generator, work, 20, precision, max_rows)
+                for max_rows in in_flight:
+                    again = projection(work.generator, work, long, precision, max_rows)
                     same = all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
                     found.expect(same, f"{precision}, {chosen}, max_rows={max_rows}: other bits")
-                for first in (0, 5, 12):
+                for first in (0, batch // 2, batch - 1):
                     part = type(work)(
                         work.generator, work.images[first : first + 1], work.z0[first : first + 1]
                     )
-                    alone = projection(work.generator, part, 20, precision)
+                    alone = projection(work.generator, part, long, precision)
                     same = all(torch.equal(a[0], b[first]) for a, b in zip(alone, expected, strict=True))
                     found.expect(same, f"{precision}, {chosen}: image {first} alone has other bits")
 
@@ -391,7 +401,7 @@ def tiny(found: Findings) -> None:
     from defgan_fast.benchmark.generators import moving_generator
 
     work = run.moved(run.problem(moving_generator("digits"), 3, 3), backend())
-    for precision in ("float16", "float32") if backend() == "cuda" else ("float32",):
+    for precision in ("float16", "float32"):
         for chosen in mappings_for(work.generator, precision):
             with mapping(chosen):
                 _, errors = projection(work.generator, work, 1, precision)
@@ -462,7 +472,7 @@ def quality(found: Findings) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     what = backend()
-    name, images, restarts, steps = ("mnist", 64, RESTARTS, STEPS) if what == "cuda" else ("digits", 2, 3, 10)
+    name, images, restarts, steps = ("mnist", 64, RESTARTS, STEPS) if what == "cuda" else ("digits", 2, 3, 3)
     work = run.moved(run.problem(moving_generator(name), images, restarts, seed=1), what)
     # Not exactly reachable, so that the final error is no rounding error.
     noise = torch.randn(work.images.shape, generator=torch.Generator().manual_seed(2)).to(what) * 0.1
@@ -470,7 +480,7 @@ def quality(found: Findings) -> None:
     _, e64 = descents(work, steps, "float64")
     best64 = e64.min(1).values.mean().item()
     found.update(backend=what, generator=name, images=images, restarts=restarts, steps=steps, float64=best64)
-    for precision in precisions():
+    for precision in PRECISIONS:
         z, errors = projection(work.generator, work, steps, precision)
         rows, _ = peers.rows_of(work)
         with torch.no_grad():
@@ -560,7 +570,7 @@ def timings(found: Findings) -> None:
     expected = {images: run.expected_errors(work) for images, work in problems.items()}
     others = peers.gpu_peers() if what == "cuda" else peers.pytorch_peers(compiled=False)[:1]
     for images, work in problems.items():
-        for precision in precisions():
+        for precision in PRECISIONS if what == "cuda" else ("float32", "bfloat16"):
             measure(peers.ours(precision, what), "defgan_fast", work, expected[images], 1.0)
         for chosen in mappings_for(work.generator, "float16") if what == "cuda" else []:
             with mapping(chosen):
@@ -736,7 +746,7 @@ def table(result: dict[str, Any]) -> str:
     for name, found in parts.items():
         note = found.get("skipped") or (f"{len(found['failures'])} failures" if found["failures"] else "")
         if found.get("backend") == "cpu" and not note:
-            note = "rehearsed on the CPU kernels: no GPU"
+            note = "rehearsed on the CPU: no GPU"
         lines.append(f"{name:<12} {found['outcome']:<8} {found['seconds_taken']:>6.1f} s  {note}")
     measured = parts.get("ceilings", {})
     if "mma_tflops" in measured:
