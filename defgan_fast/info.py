@@ -28,6 +28,8 @@ ROWS = (10, 160, 10_000)  # 1, 16 and 1,000 images with 10 restarts
 # Where there is no GPU, planning is shown for this one.
 H100 = {"capability": (9, 0), "multiprocessors": 132, "shared_memory": 227 * 1024}
 
+_Lowered = tuple[str, list[int]]  # a plan's text, and how many elements each of its parameters has
+
 
 def environment() -> dict[str, Any]:
     """Everything that `defgan-fast info` prints, as a dict that serialises to JSON.
@@ -104,24 +106,27 @@ def _devices(module: ModuleType) -> list[dict[str, Any]]:
 
 
 def _schedule(
-    module: ModuleType, generator: nn.Module, precision: str, rows: int, device: dict[str, Any]
+    module: ModuleType, generator: _Lowered, precision: str, rows: int, device: dict[str, Any]
 ) -> dict[str, Any]:
-    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
-    elements = [tensor.numel() for tensor in plan.tensors(generator)]
     wanted = os.environ.get("DEFGAN_CUDA_MAPPING") or "auto"
     try:
-        found = module.cuda_schedule(plan.text, elements, precision, rows=rows, mapping=wanted, **device)
+        found = module.cuda_schedule(*generator, precision, rows=rows, mapping=wanted, **device)
     except ValueError as error:
         return {"mapping": None, "reason": str(error)}
     return {key: found[key] for key in ("mapping", "reason")}
 
 
-def _generators() -> dict[str, nn.Module]:
+def _generators() -> dict[str, _Lowered]:
     """The shipped ones, and the paper's geometry."""
     from . import models, weights
 
     shipped = {name: weights.load_generator(name) for name in weights.shipped("generator")}
-    return {"mnist": models.Generator(), **shipped}
+    return {name: _lowered(generator) for name, generator in {"mnist": models.Generator(), **shipped}.items()}
+
+
+def _lowered(generator: nn.Module) -> _Lowered:
+    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
+    return plan.text, [tensor.numel() for tensor in plan.tensors(generator)]
 
 
 def _available(available: bool, reason: str | None) -> dict[str, Any]:
