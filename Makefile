@@ -72,9 +72,9 @@ cuda-check: ## compile the CUDA kernels for every architecture and judge registe
 # installed package and not the checkout.
 cuda-build: $(CUDA_STAMP) ## build and import the extension against a CUDA torch in .venv-cuda; nvcc, no GPU
 	@mkdir -p build
-	$(CUDA_VENV)/bin/python -m pip install --no-deps --no-build-isolation --force-reinstall -v . > build/cuda-build.log \
+	$(CUDA_VENV)/bin/python -m pip install --no-deps --no-build-isolation --force-reinstall -v . > build/cuda-build.log 2>&1 \
 	  || { tail -50 build/cuda-build.log; exit 1; }
-	grep '^ *defgan_fast: ' build/cuda-build.log
+	grep 'defgan_fast: ' build/cuda-build.log
 	DEFGAN_EXPECT_CUDA=1 $(CUDA_VENV)/bin/pytest -p no:cacheprovider python_tests/test_cuda.py python_tests/test_info.py $(ARGS)
 
 clean: ## remove what was compiled
