@@ -74,7 +74,9 @@ class ClassifierTrainer:
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = models.Classifier(settings.arch, list(images.shape[1:])).to(self.device)
+            model = models.Classifier(settings.arch, list(images.shape[1:]))
+        # Channels last is what the convolution libraries compute in; other layouts they reorder at every call.
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.random = torch.Generator().manual_seed(settings.seed)
         self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)

@@ -80,8 +80,8 @@ def add_parser(subparsers: Any) -> None:
     gan.add_argument("--lr", type=float, help="Adam's rate (default: 1e-4, digits 5e-4)")
     gan.add_argument(
         "--lr-schedule",
-        choices=("constant", "linear"),
-        help="linear: to 0 at the last step (default: constant, digits linear)",
+        choices=("constant", "linear", "hold"),
+        help="linear: to 0 at the last step; hold: the same from half-way on (default: constant, digits linear)",
     )
     gan.add_argument("--penalty", type=float, help="weight of the gradient penalty (default: 10)")
     gan.add_argument("--latent-size", type=int, help="default: 128, digits 64")
@@ -130,7 +130,15 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in the folder")
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--checkpoint-every", type=int, default=500, help="steps between checkpoints")
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
 
 
 def _settings(cls: Any, defaults: dict[str, Any], args: argparse.Namespace) -> Any:
@@ -145,6 +153,7 @@ def command(job: str, dataset: str, settings: Any, *more: str) -> str:
     for field in fields(settings):
         if field.name != "betas":
             words += [f"--{field.name.replace('_', '-')}", str(getattr(settings, field.name))]
+    words += ["--threads", str(torch.get_num_threads())]
     return shlex.join(words)
 
 
@@ -169,6 +178,7 @@ def _card(
 def run_gan(args: argparse.Namespace) -> int:
     """Train a generator; see ``defgan-fast train gan --help``."""
     settings = _settings(GanSettings, GAN_DEFAULTS[args.dataset], args)
+    _use_threads(args.threads)
     device = devices.parse(args.device)
     out = args.out or generator_path(args.dataset).parent
     dataset = data.load(args.dataset, args.root, "train")
@@ -178,6 +188,7 @@ def run_gan(args: argparse.Namespace) -> int:
     def save_samples(step: int) -> None:
         picture = pictures.grid(trainer.samples(), columns=8, scale=3)
         pictures.save_png(picture, out / "samples" / f"step_{step:06d}.png")
+        weights.save(trainer.average, out / "averages" / f"step_{step:06d}.safetensors", {"steps": step})
 
     loop.run(
         trainer,
@@ -199,6 +210,7 @@ def run_gan(args: argparse.Namespace) -> int:
 def run_classifier(args: argparse.Namespace) -> int:
     """Train a classifier; see ``defgan-fast train classifier --help``."""
     settings = _settings(ClassifierSettings, CLASSIFIER_DEFAULTS[args.dataset], args)
+    _use_threads(args.threads)
     device = devices.parse(args.device)
     out = args.out or classifier_path(args.dataset).parent
     dataset = data.load(args.dataset, args.root, "train")

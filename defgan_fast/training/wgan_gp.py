@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from defgan_fast import models
 from defgan_fast.training.augment import random_affine
 from defgan_fast.training.batches import Batches
+from defgan_fast.training.critic_gradients import critic_gradients
 
 
 @dataclass(frozen=True)
@@ -58,30 +58,15 @@ class GanSettings:
             raise ValueError(f"latent_floor must lie in [0, 1], got {self.latent_floor}")
         if self.augment < 0:
             raise ValueError(f"augment must be at least 0, got {self.augment}")
-        if self.lr_schedule not in ("constant", "linear"):
-            raise ValueError(f"lr_schedule must be constant or linear, got {self.lr_schedule!r}")
+        if self.lr_schedule not in ("constant", "linear", "hold"):
+            raise ValueError(f"lr_schedule must be constant, linear or hold, got {self.lr_schedule!r}")
 
-
-def gradient_penalty(
-    critic: nn.Module, real: torch.Tensor, fake: torch.Tensor, mix: torch.Tensor
-) -> torch.Tensor:
-    """Mean of (|gradient of the critic at x| - 1)^2 for x between real and fake images (equation 3 there).
-
-    Args:
-        critic: [N, C, H, W] -> [N].
-        real, fake: [N, C, H, W].
-        mix: [N] in [0, 1], the share of the real image.
-
-    Returns:
-        Scalar, differentiable with respect to the critic's parameters. The norm is over all axes but the
-        first.
-    """
-    share = mix.view(-1, *[1] * (real.dim() - 1))
-    between = (share * real + (1 - share) * fake).detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    # The square root has no finite derivative at zero.
-    norm = (gradient.flatten(1).square().sum(1) + 1e-12).sqrt()
-    return (norm - 1).square().mean()
+    def rate(self, step: int) -> float:
+        """Adam's rate in step ``step`` (from 0): constant, linear to 0, or constant until half-way first."""
+        if self.lr_schedule == "constant":
+            return self.lr
+        left = 1 - step / self.steps
+        return self.lr * (left if self.lr_schedule == "linear" else min(1.0, 2 * left))
 
 
 class WganGp:
@@ -103,8 +88,9 @@ class WganGp:
     ) -> None:
         self.options = settings
         self.settings: dict[str, Any] = {**asdict(settings), "betas": list(settings.betas), "data": data_hash}
-        if settings.lr_schedule == "constant":
-            # The steps done do not depend on how many are to come, so that a run may be prolonged.
+        if settings.lr_schedule != "linear":
+            # The steps done do not depend on how many are to come, so that a run may be prolonged; with
+            # "hold" until half-way, which restore() sees to.
             del self.settings["steps"]
         self.device = torch.device(device)
         self.images = images.to(self.device)
@@ -112,8 +98,11 @@ class WganGp:
         shape = list(images.shape[1:])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.generator = models.Generator(settings.latent_size, settings.width, shape).to(self.device)
-            self.critic = models.Critic(settings.critic_width, shape).to(self.device)
+            generator = models.Generator(settings.latent_size, settings.width, shape)
+            critic = models.Critic(settings.critic_width, shape)
+        # Channels last is what the convolution libraries compute in; other layouts they reorder at every call.
+        self.generator = generator.to(self.device, memory_format=torch.channels_last)
+        self.critic = critic.to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)
         adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
         self.generator_optimiser = torch.optim.Adam(self.generator.parameters(), **adam)
@@ -133,11 +122,9 @@ class WganGp:
     def advance(self) -> dict[str, torch.Tensor]:
         """``critic_steps`` updates of the critic, then one of the generator and of its average."""
         options = self.options
-        if options.lr_schedule == "linear":
-            rate = options.lr * (1 - self.step / options.steps)
-            for optimiser in (self.generator_optimiser, self.critic_optimiser):
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
+        for optimiser in (self.generator_optimiser, self.critic_optimiser):
+            for group in optimiser.param_groups:
+                group["lr"] = options.rate(self.step)
         for _ in range(options.critic_steps):
             distance, penalty = self._critic_step()
         loss = self._generator_step()
@@ -151,14 +138,13 @@ class WganGp:
         with torch.no_grad():
             fake = self.generator(self.latents(len(real)))
         mix = torch.rand(len(real), generator=self.random).to(self.device)
-        # One pass for both halves: the batches are small, and the critic treats each image by itself.
-        score_real, score_fake = self.critic(torch.cat((real, fake))).chunk(2)
-        distance = score_real.mean() - score_fake.mean()
-        penalty = gradient_penalty(self.critic, real, fake, mix)
-        self.critic_optimiser.zero_grad(set_to_none=True)
-        (self.options.penalty * penalty - distance).backward()
+        share = mix.view(-1, 1, 1, 1)
+        between = share * real + (1 - share) * fake
+        found = critic_gradients(self.critic, real, fake, between, self.options.penalty)
+        for parameter, gradient in zip(self.critic.parameters(), found.gradients, strict=True):
+            parameter.grad = gradient
         self.critic_optimiser.step()
-        return distance.detach(), penalty.detach()
+        return found.distance, found.penalty
 
     def _generator_step(self) -> torch.Tensor:
         # Gradients of the critic's weights are not needed here and cost a third of the step.
@@ -195,10 +181,23 @@ class WganGp:
             "critic_optimiser": self.critic_optimiser.state_dict(),
             "random": self.random.get_state(),
             "batches": self.batches.state(),
+            "lr": {"step": self.step, "steps": self.options.steps},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`.
+
+        Raises:
+            ValueError: with other ``steps`` the rate would have begun to fall before the state was saved.
+        """
+        step, steps = state["lr"]["step"], state["lr"]["steps"]
+        if self.options.lr_schedule == "hold" and steps != self.options.steps:
+            shorter = min(steps, self.options.steps)
+            if 2 * step > shorter:
+                raise ValueError(
+                    f"steps must stay {steps} once half of them are done (lr_schedule hold): the checkpoint is "
+                    f"at step {step}, got {self.options.steps}"
+                )
         for name in ("generator", "average", "critic", "generator_optimiser", "critic_optimiser"):
             getattr(self, name).load_state_dict(state[name])
         self.random.set_state(state["random"])
