@@ -19,6 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+# Of a convolution's three gradients, the one that is wanted.
+INPUT = [True, False, False]
+WEIGHT = [False, True, False]
+
+
 class CriticGradients(NamedTuple):
     """What one pass over a batch gives."""
 
@@ -29,7 +34,12 @@ class CriticGradients(NamedTuple):
 
 @torch.no_grad()
 def critic_gradients(
-    critic: nn.Module, real: torch.Tensor, fake: torch.Tensor, between: torch.Tensor, weight: float
+    critic: nn.Module,
+    real: torch.Tensor,
+    fake: torch.Tensor,
+    between: torch.Tensor,
+    weight: float,
+    dtype: torch.dtype | None = None,
 ) -> CriticGradients:
     """Gradients of ``weight * penalty - distance`` (Gulrajani et al., 2017, equation 3).
 
@@ -38,21 +48,27 @@ def critic_gradients(
         real, fake: [N, C, H, W].
         between: [M, C, H, W] images between real and generated ones, where the penalty is taken.
         weight: of the penalty.
+        dtype: of the convolutions (default: the weights' own). Scores, norms and the returned gradients have
+            the weights' dtype.
     """
     count, points = len(real), len(between)
     tail = slice(2 * count, None)
-    x = torch.cat((real, fake, between))
     layers = list(critic.layers)  # type: ignore[arg-type]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     activations = [layer for layer in layers if isinstance(layer, nn.LeakyReLU)]
     last = layers[-1]
     assert isinstance(last, nn.Linear) and len(convolutions) == len(activations)
+    full = last.weight.dtype
+    dtype = dtype or full
+    weights = [layer.weight.to(dtype) for layer in convolutions]
 
     # maps[i] enters convolution i; the map above it has the signs that its LeakyReLU saw.
-    maps = [x]
-    for layer, activation in zip(convolutions, activations, strict=True):
-        maps.append(F.leaky_relu_(layer(maps[-1]), activation.negative_slope))
-    scores = last(maps[-1].flatten(1))
+    maps = [torch.cat((real, fake, between)).to(dtype)]
+    for layer, kernel, activation in zip(convolutions, weights, activations, strict=True):
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        x = F.conv2d(maps[-1], kernel, bias, layer.stride, layer.padding)
+        maps.append(F.leaky_relu_(x, activation.negative_slope))
+    scores = last(maps[-1].flatten(1).to(full))
     score_real, score_fake = scores[:count].mean(), scores[count : 2 * count].mean()
 
     # Down: what a score's change is worth to the distance, and for the points between one each.
@@ -60,28 +76,30 @@ def critic_gradients(
     signal[:count] = -1 / count
     signal[count : 2 * count] = 1 / count
     arriving: list[torch.Tensor] = []
-    down = (signal * last.weight).view_as(maps[-1])
+    down = (signal * last.weight).view_as(maps[-1]).to(dtype)
     for index in reversed(range(len(convolutions))):
         arriving.insert(0, _through(down, maps[index + 1], activations[index]))
         # Below the lowest layer only the points between need a gradient.
         part = tail if index == 0 else slice(None)
-        down = _to_input(arriving[0][part], maps[index][part], convolutions[index])
+        down = _backward(arriving[0][part], maps[index][part], weights[index], convolutions[index], INPUT)[0]
 
     # The square root has no finite derivative at zero.
+    down = down.to(full)
     norms = (down.flatten(1).square().sum(1) + 1e-12).sqrt()
     penalty = (norms - 1).square().mean()
-    along = down * (weight * 2 * (norms - 1) / (norms * points)).view(-1, 1, 1, 1)
+    along = (down * (weight * 2 * (norms - 1) / (norms * points)).view(-1, 1, 1, 1)).to(dtype)
 
     # To the weights: the points between enter with the tangent in place of the activation.
     gradients: list[torch.Tensor] = []
     for index, layer in enumerate(convolutions):
         maps[index][tail] = along
-        along = F.conv2d(along, layer.weight, None, layer.stride, layer.padding)
+        along = F.conv2d(along, weights[index], None, layer.stride, layer.padding)
         along = _through(along, maps[index + 1][tail], activations[index])
-        gradients.append(_to_weight(arriving[index], maps[index], layer))
-        gradients.append(arriving[index][: 2 * count].sum((0, 2, 3)))
+        came = arriving[index]
+        gradients.append(_backward(came, maps[index], weights[index], layer, WEIGHT)[1].to(full))
+        gradients.append(came[: 2 * count].sum((0, 2, 3), dtype=full))
     maps[-1][tail] = along
-    gradients.append(signal.t() @ maps[-1].flatten(1))
+    gradients.append(signal.t() @ maps[-1].flatten(1).to(full))
     gradients.append(signal[: 2 * count].sum(0))
     return CriticGradients(gradients, score_real - score_fake, penalty)
 
@@ -91,16 +109,8 @@ def _through(change: torch.Tensor, above: torch.Tensor, activation: nn.LeakyReLU
     return torch.ops.aten.leaky_relu_backward(change, above, activation.negative_slope, True)
 
 
-def _to_input(arriving: torch.Tensor, given: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
-    return _backward(arriving, given, layer, [True, False, False])[0]
-
-
-def _to_weight(arriving: torch.Tensor, given: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
-    return _backward(arriving, given, layer, [False, True, False])[1]
-
-
 def _backward(
-    arriving: torch.Tensor, given: torch.Tensor, layer: nn.Conv2d, mask: list[bool]
+    arriving: torch.Tensor, given: torch.Tensor, kernel: torch.Tensor, layer: nn.Conv2d, wanted: list[bool]
 ) -> tuple[torch.Tensor, ...]:
     shape = (layer.stride, layer.padding, layer.dilation, False, [0, 0], 1)
-    return torch.ops.aten.convolution_backward(arriving, given, layer.weight, None, *shape, mask)
+    return torch.ops.aten.convolution_backward(arriving, given, kernel, None, *shape, wanted)
