@@ -151,9 +151,12 @@ def _mapped(path: Path, shape: Sequence[int]) -> np.memmap:
                 os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
         except OSError as error:
             partial.unlink()
-            raise OSError(error.errno, f"{os.strerror(error.errno or 0)}, reserving space for", str(path)) from None
+            reason = f"{os.strerror(error.errno or 0)}, reserving space for"
+            raise OSError(error.errno, reason, str(path)) from None
         os.replace(partial, path)
     try:
+        # Read-only first: opened for writing, a file that is too short would silently be made longer.
+        np.lib.format.open_memmap(path, mode="r")
         array = np.lib.format.open_memmap(path, mode="r+")
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is truncated or not an array ({error}); delete its folder") from None

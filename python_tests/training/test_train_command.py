@@ -16,7 +16,7 @@ def test_train_gan(tmp_path, capsys):
     words = ["train", "gan", "--dataset", "digits", "--steps", "4", "--width", "3", "--critic-width", "2"]
     words += ["--batch", "8", "--lr", "0.0001", "--sample-every", "2", "--seed", "5", "--out", str(tmp_path)]
     assert cli.main(words) == 0
-    assert f"4 steps; generator in {tmp_path / 'generator.safetensors'}" in capsys.readouterr().out
+    assert f"4 steps; generator of step 4 in {tmp_path / 'generator.safetensors'}" in capsys.readouterr().out
     generator = weights.load_generator(tmp_path / "generator.safetensors")
     assert generator.config == {"latent_size": 64, "width": 3, "image_shape": [1, 28, 28]}
     card = weights.read_card(tmp_path / "generator.safetensors")
@@ -68,15 +68,17 @@ def test_train_weights(tmp_path, monkeypatch, capsys):
     small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
     monkeypatch.setitem(training.GAN_DEFAULTS, "digits", small)
     monkeypatch.setitem(training.CLASSIFIER_DEFAULTS, "digits", {"arch": "E", "epochs": 2})
-    words = ["train", "weights", "--images", "3", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    words = ["train", "weights", "--images", "3", "--images-test", "4", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert cli.main(words) == 0
     generator = weights.load_generator(tmp_path / "digits_generator.safetensors")
     assert generator.config["latent_size"] == 4
     assert weights.load_classifier(tmp_path / "digits_classifier.safetensors").config["arch"] == "E"
     for kind in ("generator", "classifier"):
         card = weights.read_card(tmp_path / f"digits_{kind}.safetensors")
-        assert set(card["quality"]) == {"validation", "test"}
-        assert card["quality"]["test"]["images"] == 3
+        assert set(card["quality"]) == {"validation", "validation_float32", "test"}
+        assert card["quality"]["test"]["images"] == 4
+        assert card["quality"]["test"]["images_attacked"] == 3
+        assert card["storage"] == "float16"
         assert card["command"].startswith("defgan-fast train ")
     assert "validation: images 3, reconstruction_error" in capsys.readouterr().out
 
