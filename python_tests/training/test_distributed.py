@@ -36,7 +36,7 @@ def finish(process):
 def test_two_processes_are_one_with_the_same_batch(tmp_path):
     running = [start(tmp_path / "two", 2), start(tmp_path / "one", 1)]
     outputs = [finish(process) for process in running]
-    assert outputs[0].count("generator in") == 1, "the first process alone reports"
+    assert outputs[0].count("generator of step 3") == 1, "the first process alone reports"
     one, two = (loop.load_checkpoint(tmp_path / name / loop.CHECKPOINT) for name in ("one", "two"))
     assert one["settings"] == two["settings"]
     different = 0

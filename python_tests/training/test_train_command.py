@@ -63,6 +63,31 @@ def test_train_gan_may_end_early(tmp_path):
     assert "--steps 9" in card["command"]
 
 
+def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+    """Before any work, with the place that was looked at; and a generator that --on needs."""
+    for job in (["gan"], ["classifier"], ["magnet"]):
+        words = ["train", *job, "--dataset", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+        assert cli.main(words) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("defgan-fast: no such file: train-images-idx3-ubyte.gz of mnist; looked in ")
+        assert str(tmp_path) in message
+        assert message.count("\n") == 1
+    words = ["train", "classifier", "--dataset", "digits", "--on", "reconstructions", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--generator", str(tmp_path / "absent.safetensors")]) == 2
+    assert "no such file: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_commands():
+    from defgan_fast.cli import build_parser
+
+    for dataset, recipe in training.RECIPES.items():
+        args = build_parser().parse_args(["train", "gan", "--dataset", dataset, *recipe, *training.EVALUATE])
+        settings = training._settings(training.GanSettings, training.GAN_DEFAULTS[dataset], args)
+        # The generators that ship have the geometry of the paper, and of the design for the digits.
+        assert (settings.latent_size, settings.width) == ((64, 32) if dataset == "digits" else (128, 64))
+
+
 def test_train_weights(tmp_path, monkeypatch, capsys):
     """The whole way to a shipped pair, with tiny networks."""
     small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
