@@ -84,11 +84,15 @@ def test_what_is_missing_or_damaged_is_named(celeba, tmp_path):
     with pytest.raises(ValueError, match=r"000002.jpg is truncated or not an image"):
         data.load("celeba")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no such file: 000002.jpg of celeba; looked in .*img_align_celeba"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file: 000002.jpg of celeba; looked in .*img_align_celeba"
+    ):
         data.load("celeba")
     attributes = (celeba / data.CELEBA_ATTRIBUTES).read_text()
     (celeba / data.CELEBA_ATTRIBUTES).write_text(attributes.replace("Male", "Smiling"))
-    with pytest.raises(ValueError, match=r"list_attr_celeba.txt must name the attribute Male in its second line"):
+    with pytest.raises(
+        ValueError, match=r"list_attr_celeba.txt must name the attribute Male in its second line"
+    ):
         data.load("celeba")
     (celeba / data.CELEBA_ATTRIBUTES).write_text(attributes.replace("000003.jpg -1", "000003.jpg"))
     with pytest.raises(ValueError, match=r"list_attr_celeba.txt must have 4 columns, got 3 in row 5"):
@@ -99,7 +103,9 @@ def test_what_is_missing_or_damaged_is_named(celeba, tmp_path):
     (celeba / data.CELEBA_PARTITION).write_text("000001.jpg\n")
     with pytest.raises(ValueError, match=r"list_eval_partition.txt must have 2 columns, got 1 in row 1"):
         data.load("celeba")
-    with pytest.raises(FileNotFoundError, match=r"list_eval_partition.txt of celeba; looked in .*empty") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"list_eval_partition.txt of celeba; looked in .*empty"
+    ) as caught:
         data.load("celeba", tmp_path / "empty")
     assert "\n" not in str(caught.value)
 
@@ -116,7 +122,18 @@ def test_training_commands(celeba, tmp_path, capsys):
     assert "--model CelebaGenerator --batch-norm" in card["command"]
     assert cli.main([*words, "--model", "Generator", "--no-batch-norm", "--resume"]) == 2
     assert "model must make images in [-1.0, 1.0] for celeba, got Generator" in capsys.readouterr().err
-    words = ["train", "classifier", "--dataset", "celeba", "--arch", "E", "--epochs", "1", "--adversarial", "0.3"]
+    words = [
+        "train",
+        "classifier",
+        "--dataset",
+        "celeba",
+        "--arch",
+        "E",
+        "--epochs",
+        "1",
+        "--adversarial",
+        "0.3",
+    ]
     assert cli.main([*words, "--out", str(tmp_path / "classifier")]) == 0
     assert weights.load_classifier(tmp_path / "classifier" / "classifier.safetensors").config["classes"] == 2
     words = ["train", "magnet", "--dataset", "celeba", "--width", "2", "--epochs", "1", "--members", "2"]

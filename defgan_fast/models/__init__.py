@@ -10,12 +10,22 @@ from typing import Any
 
 from torch import nn
 
+from defgan_fast.models._layers import to_channels_last
 from defgan_fast.models.autoencoder import Autoencoder, Reformer
 from defgan_fast.models.classifier import Classifier
 from defgan_fast.models.critic import Critic
 from defgan_fast.models.generator import CelebaGenerator, Generator
 
-__all__ = ["Autoencoder", "CelebaGenerator", "Classifier", "Critic", "Generator", "Reformer", "build"]
+__all__ = [
+    "Autoencoder",
+    "CelebaGenerator",
+    "Classifier",
+    "Critic",
+    "Generator",
+    "Reformer",
+    "build",
+    "to_channels_last",
+]
 
 _CLASSES: dict[str, type[nn.Module]] = {
     cls.__name__: cls for cls in (Autoencoder, CelebaGenerator, Classifier, Critic, Generator)

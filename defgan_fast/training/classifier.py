@@ -19,7 +19,6 @@ from defgan_fast.attacks import fgsm
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
 
-
 SOURCES = ("images", "reconstructions", "both")
 
 
@@ -94,8 +93,7 @@ class ClassifierTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model = models.Classifier(settings.arch, list(images.shape[1:]), classes)
-        # Channels last is what the convolution libraries compute in; other layouts they reorder at every call.
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = models.to_channels_last(model, self.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.random = torch.Generator().manual_seed(settings.seed)
         self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)

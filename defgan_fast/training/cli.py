@@ -66,7 +66,7 @@ RECIPES: dict[str, list[str]] = {
     "fashion_mnist": f"--steps 16000 {SHORT}".split(),
 }
 # Images that the recipes' quality is measured on.
-EVALUATE = "--evaluate-every 500 --evaluate-images 100".split()
+EVALUATE = ["--evaluate-every", "500", "--evaluate-images", "100"]
 # Added to the commands that other parts of the package suggest: the paper's 200,000 steps take days on a CPU.
 QUICK = {"gan": " --steps 5000 --lr 3e-4 --lr-schedule linear", "classifier": ""}
 
@@ -113,9 +113,7 @@ def add_parser(subparsers: Any) -> None:
     gan.add_argument(
         "--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="CelebaGenerator's"
     )
-    gan.add_argument(
-        "--precision", choices=tuple(PRECISIONS), help="of the convolutions (default: float32)"
-    )
+    gan.add_argument("--precision", choices=tuple(PRECISIONS), help="of the convolutions (default: float32)")
     gan.add_argument(
         "--accumulate", type=int, help="parts that a batch is computed in, to save memory (default: 1)"
     )
@@ -136,7 +134,9 @@ def add_parser(subparsers: Any) -> None:
     gan.add_argument("--evaluate-steps", type=int, default=200, help="L of a measurement (default: 200)")
     gan.add_argument("--evaluate-restarts", type=int, default=10, help="R of a measurement (default: 10)")
     gan.add_argument(
-        "--classifier", type=Path, help="weight file of the measurements' classifier (default: the shipped one)"
+        "--classifier",
+        type=Path,
+        help="weight file of the measurements' classifier (default: the shipped one)",
     )
     gan.set_defaults(run=run_gan)
 
@@ -309,7 +309,12 @@ def run_gan(args: argparse.Namespace) -> int:
         if evaluation is not None and evaluation.best is not None:
             generator.load_state_dict(evaluation.best["weights"])
             kept = next(row for row in evaluation.rows if row["step"] == evaluation.best["step"])
-            words = ["--evaluate-every", str(args.evaluate_every), "--evaluate-images", str(args.evaluate_images)]
+            words = [
+                "--evaluate-every",
+                str(args.evaluate_every),
+                "--evaluate-images",
+                str(args.evaluate_images),
+            ]
             card |= {"command": f"{card['command']} {shlex.join(words)}", "steps": kept["step"]}
             card |= {"quality": {"validation": {"images": args.evaluate_images, **kept}}}
         weights.save(generator, out / GENERATOR_FILE, card)
@@ -331,7 +336,12 @@ def _evaluation(trainer: WganGp, args: argparse.Namespace) -> quality.Evaluation
     images, labels = data.load(args.dataset, args.root, "validation")
     part = data.Dataset(images[: args.evaluate_images], labels[: args.evaluate_images])
     return quality.Evaluation(
-        lambda: trainer.average, trainer.samples, part, classifier, args.evaluate_steps, args.evaluate_restarts
+        lambda: trainer.average,
+        trainer.samples,
+        part,
+        classifier,
+        args.evaluate_steps,
+        args.evaluate_restarts,
     )
 
 
@@ -382,7 +392,13 @@ def _reconstructed(
     images, labels = found.images, dataset.labels
     if on == "both":
         images, labels = torch.cat((dataset.images, images)), torch.cat((labels, labels))
-    words = [data_hash, on, reconstructions.weights_hash(generator), str(args.projection_steps), str(args.restarts)]
+    words = [
+        data_hash,
+        on,
+        reconstructions.weights_hash(generator),
+        str(args.projection_steps),
+        str(args.restarts),
+    ]
     more = ["--projection-steps", str(args.projection_steps), "--restarts", str(args.restarts)]
     more += ["--generator", str(args.generator)] if args.generator else []
     return data.Dataset(images, labels), hashlib.sha256(" ".join(words).encode()).hexdigest(), more
@@ -414,7 +430,9 @@ def run_magnet(args: argparse.Namespace) -> int:
         )
         model = trainer.model.cpu().eval()
         with torch.no_grad():
-            errors = torch.cat([(model(part) - part).square().flatten(1) for part in validation.images.split(256)])
+            errors = torch.cat(
+                [(model(part) - part).square().flatten(1) for part in validation.images.split(256)]
+            )
         found = float(errors.double().mean())
         card = _card("magnet", args.dataset, settings, data_hash, device)
         card |= {"steps": trainer.step, "quality": {"reconstruction_error_validation": found}}
@@ -427,7 +445,9 @@ def run_curve(args: argparse.Namespace) -> int:
     """Plot; see ``defgan-fast train curve --help``."""
     names = args.names or [run.name for run in args.runs]
     if len(names) != len(args.runs):
-        raise ValueError(f"--names must have one name for each of the {len(args.runs)} runs, got {len(names)}")
+        raise ValueError(
+            f"--names must have one name for each of the {len(args.runs)} runs, got {len(names)}"
+        )
     curve.plot(args.runs, names, args.out)
     print(args.out)
     return 0

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # Of a convolution's three gradients, the one that is wanted.
 INPUT = [True, False, False]
 WEIGHT = [False, True, False]
@@ -57,7 +56,8 @@ def critic_gradients(
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     activations = [layer for layer in layers if isinstance(layer, nn.LeakyReLU)]
     last = layers[-1]
-    assert isinstance(last, nn.Linear) and len(convolutions) == len(activations)
+    assert isinstance(last, nn.Linear)
+    assert len(convolutions) == len(activations)
     full = last.weight.dtype
     dtype = dtype or full
     weights = [layer.weight.to(dtype) for layer in convolutions]

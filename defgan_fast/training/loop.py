@@ -154,7 +154,12 @@ def run(
                     rows.append({"step": step, **values, "steps_per_second": round(rate, 3)})
                     bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
                     write(values, step)
-                if first_process and sample_every and on_sample and (step % sample_every == 0 or step == steps):
+                if (
+                    first_process
+                    and sample_every
+                    and on_sample
+                    and (step % sample_every == 0 or step == steps)
+                ):
                     on_sample(step)
                 evaluate_if_due()
                 if step % checkpoint_every == 0 and saved != step:

@@ -76,7 +76,7 @@ class MagnetTrainer:
             model = models.Autoencoder(
                 settings.code_size, settings.width, list(images.shape[1:]), signed=value_range[0] < 0
             )
-        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model = models.to_channels_last(model, self.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.random = torch.Generator().manual_seed(settings.seed)
         self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)

@@ -34,7 +34,7 @@ SETTINGS = "settings.json"
 LOCK = "lock"
 # Images per call of the projector, and images between two records of what is done.
 GROUP = 5
-BLOCK = 50
+BLOCK = 10
 
 
 class Reconstructions(NamedTuple):

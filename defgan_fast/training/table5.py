@@ -33,7 +33,9 @@ def add_parser(jobs: Any) -> None:
     parser.add_argument("--json", type=Path, default=Path("classifiers.json"), help="results, extended")
     parser.add_argument("--markdown", type=Path, help="file whose table is written anew")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
-    parser.add_argument("--root", help="folder of the data files (default: $DEFGAN_DATA/NAME, cache, download)")
+    parser.add_argument(
+        "--root", help="folder of the data files (default: $DEFGAN_DATA/NAME, cache, download)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -53,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
             cli.run_classifier(parser.parse_args(words))
             file = out / cli.CLASSIFIER_FILE
             results.setdefault(name, {})[arch] = entry(file, data.load(name, args.root, "test"))
-            weights.write_atomically(args.json, (json.dumps(results, indent=2, sort_keys=True) + "\n").encode())
+            weights.write_atomically(
+                args.json, (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
+            )
     text = table(results)
     print(text)
     if args.markdown:
@@ -100,5 +104,7 @@ def insert(document: str, text: str) -> str:
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"--markdown must be a file with the lines {shlex.quote(BEGIN)} and {shlex.quote(END)}")
+        raise ValueError(
+            f"--markdown must be a file with the lines {shlex.quote(BEGIN)} and {shlex.quote(END)}"
+        )
     return f"{before}{BEGIN}\n{text}\n{END}{after}"

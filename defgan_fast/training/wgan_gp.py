@@ -26,7 +26,6 @@ from defgan_fast.training.augment import random_affine
 from defgan_fast.training.batches import Batches
 from defgan_fast.training.critic_gradients import critic_gradients
 
-
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GENERATORS = ("Generator", "CelebaGenerator")
 
@@ -127,9 +126,8 @@ class WganGp:
             torch.manual_seed(settings.seed)
             generator = _new_generator(settings, shape)
             critic = models.Critic(settings.critic_width, shape)
-        # Channels last is what the convolution libraries compute in; other layouts they reorder at every call.
-        self.generator = generator.to(self.device, memory_format=torch.channels_last)
-        self.critic = critic.to(self.device, memory_format=torch.channels_last)
+        self.generator = models.to_channels_last(generator, self.device)
+        self.critic = models.to_channels_last(critic, self.device)
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
         adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
         self.generator_optimiser = torch.optim.Adam(self.generator.parameters(), **adam)
@@ -286,9 +284,8 @@ def _new_generator(settings: GanSettings, shape: list[int]) -> models.Generator 
 
 def _mean(results: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     """Mean of each tensor over the parts of the batch and over the processes."""
+    mean = results[0]
     if len(results) > 1:
         mean = [torch.stack(values).mean(0) for values in zip(*results, strict=True)]
-    else:
-        mean = results[0]
     distributed.average(mean)
     return mean

@@ -10,13 +10,32 @@ import torch
 from defgan_fast import weights
 from defgan_fast.training import distributed, loop
 
-WORDS = ["train", "gan", "--dataset", "digits", "--steps", "3", "--width", "2", "--critic-width", "2", "--batch", "8"]
+WORDS = [
+    "train",
+    "gan",
+    "--dataset",
+    "digits",
+    "--steps",
+    "3",
+    "--width",
+    "2",
+    "--critic-width",
+    "2",
+    "--batch",
+    "8",
+]
 WORDS += ["--critic-steps", "2", "--lr", "0.0001", "--augment", "1", "--sample-every", "2", "--threads", "1"]
 
 
 def start(out, processes, *more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     prefix = launcher if processes > 1 else [sys.executable]
     return subprocess.Popen(
         [*prefix, "-m", "defgan_fast", *WORDS, "--out", str(out), *more],
@@ -63,5 +82,7 @@ def test_shares_cover_the_batch_once(monkeypatch):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         covered += [row for part in distributed.part(12, 2) for row in range(12)[part]]
     assert covered == list(range(12))
-    with pytest.raises(ValueError, match=r"batch must be a multiple of processes x accumulate, 3 x 2, got 10"):
+    with pytest.raises(
+        ValueError, match=r"batch must be a multiple of processes x accumulate, 3 x 2, got 10"
+    ):
         distributed.part(10, 2)

@@ -77,7 +77,9 @@ def test_accuracy_counts_before_the_error():
     evaluation = evaluate([0.1, 0.3, 0.45, 0.4], Shades())
     found = [row["accuracy_reconstructed"] for row in evaluation.rows]
     assert found == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3])
-    assert evaluation.best["step"] == min((2, 3, 4), key=lambda s: evaluation.rows[s - 1]["reconstruction_error"])
+    assert evaluation.best["step"] == min(
+        (2, 3, 4), key=lambda s: evaluation.rows[s - 1]["reconstruction_error"]
+    )
     assert {"sample_confidence", "sample_balance"} < set(evaluation.rows[0])
 
 
@@ -95,7 +97,20 @@ def test_evaluations_survive_and_are_not_mixed():
         evaluate([], Shades()).restore(state)
 
 
-WORDS = ["train", "gan", "--dataset", "digits", "--width", "2", "--critic-width", "2", "--batch", "8", "--lr", "0.01"]
+WORDS = [
+    "train",
+    "gan",
+    "--dataset",
+    "digits",
+    "--width",
+    "2",
+    "--critic-width",
+    "2",
+    "--batch",
+    "8",
+    "--lr",
+    "0.01",
+]
 WORDS += ["--lr-schedule", "hold", "--sample-every", "0", "--evaluate-every", "2", "--evaluate-images", "3"]
 WORDS += ["--evaluate-steps", "2", "--evaluate-restarts", "2", "--steps", "4"]
 
@@ -106,7 +121,9 @@ def test_training_keeps_the_best_average(tmp_path):
     with (tmp_path / "whole" / loop.QUALITY).open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "4"]
-    best = min(rows, key=lambda row: (-float(row["accuracy_reconstructed"]), float(row["reconstruction_error"])))
+    best = min(
+        rows, key=lambda row: (-float(row["accuracy_reconstructed"]), float(row["reconstruction_error"]))
+    )
     card = weights.read_card(tmp_path / "whole" / "generator.safetensors")
     assert card["steps"] == int(best["step"])
     assert "--evaluate-every 2 --evaluate-images 3" in card["command"]
@@ -153,7 +170,10 @@ def test_table_of_classifiers(tmp_path):
     entry = table5.entry(file, test)
     expected = (classifier(test.images).argmax(1) == test.labels).double().mean().item()
     assert entry["accuracy_test"] == pytest.approx(expected, abs=1e-6)
-    results = {"mnist": {"A": {"accuracy_test": 0.99}, "E": entry}, "fashion_mnist": {"A": {"accuracy_test": 0.94}}}
+    results = {
+        "mnist": {"A": {"accuracy_test": 0.99}, "E": entry},
+        "fashion_mnist": {"A": {"accuracy_test": 0.94}},
+    }
     text = table5.table(results)
     assert "| A | 0.9900 | 0.997 | -0.7 points | 0.9400 | 0.934 | +0.6 points |" in text
     assert f"| E | {expected:.4f} |  |  |  |  |  |" in text

@@ -69,10 +69,21 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
         words = ["train", *job, "--dataset", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
         assert cli.main(words) == 2
         message = capsys.readouterr().err
-        assert message.startswith("defgan-fast: no such file: train-images-idx3-ubyte.gz of mnist; looked in ")
+        assert message.startswith(
+            "defgan-fast: no such file: train-images-idx3-ubyte.gz of mnist; looked in "
+        )
         assert str(tmp_path) in message
         assert message.count("\n") == 1
-    words = ["train", "classifier", "--dataset", "digits", "--on", "reconstructions", "--out", str(tmp_path / "out")]
+    words = [
+        "train",
+        "classifier",
+        "--dataset",
+        "digits",
+        "--on",
+        "reconstructions",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main([*words, "--generator", str(tmp_path / "absent.safetensors")]) == 2
     assert "no such file: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -93,7 +104,18 @@ def test_train_weights(tmp_path, monkeypatch, capsys):
     small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
     monkeypatch.setitem(training.GAN_DEFAULTS, "digits", small)
     monkeypatch.setitem(training.CLASSIFIER_DEFAULTS, "digits", {"arch": "E", "epochs": 2})
-    words = ["train", "weights", "--images", "3", "--images-test", "4", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    words = [
+        "train",
+        "weights",
+        "--images",
+        "3",
+        "--images-test",
+        "4",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(words) == 0
     generator = weights.load_generator(tmp_path / "digits_generator.safetensors")
     assert generator.config["latent_size"] == 4

@@ -109,9 +109,13 @@ def test_hold_schedule_may_be_prolonged_until_half_way():
     late.restore(short.state())
     late.step = short.step
     assert late.advance().keys() == long.advance().keys()
-    assert all(torch.equal(a, b) for a, b in zip(late.critic.parameters(), long.critic.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(late.critic.parameters(), long.critic.parameters(), strict=True)
+    )
     short.advance()
-    with pytest.raises(ValueError, match=r"steps must stay 4 once half of them are done .* at step 3, got 40"):
+    with pytest.raises(
+        ValueError, match=r"steps must stay 4 once half of them are done .* at step 3, got 40"
+    ):
         gan(lr_schedule="hold", steps=40).restore(short.state())
 
 
@@ -129,7 +133,9 @@ def test_accumulation_is_the_same_batch():
     # Adam divides by the gradient's own size, and rounding matters where that is small.
     assert all((one - other).abs().max() < 2e-4 for one, other in pairs)
     assert not all(torch.equal(one, other) for one, other in pairs)
-    with pytest.raises(ValueError, match=r"batch must be a multiple of processes x accumulate, 1 x 3, got 16"):
+    with pytest.raises(
+        ValueError, match=r"batch must be a multiple of processes x accumulate, 1 x 3, got 16"
+    ):
         gan(accumulate=3)
 
 
@@ -298,11 +304,26 @@ def test_augmentation():
         (lambda: GanSettings(steps=0), r"steps must be at least 1, got 0"),
         (lambda: GanSettings(lr=0.0), r"lr must be above 0, got 0.0"),
         (lambda: GanSettings(ema=1.0), r"ema must lie in \[0, 1\), got 1.0"),
-        (lambda: GanSettings(lr_schedule="cosine"), r"lr_schedule must be constant, linear or hold, got 'cosine'"),
-        (lambda: GanSettings(model="Critic"), r"model must be one of Generator, CelebaGenerator, got 'Critic'"),
-        (lambda: GanSettings(batch_norm=True), r"batch_norm must go with model CelebaGenerator, got 'Generator'"),
-        (lambda: GanSettings(precision="float8"), r"precision must be one of float32, bfloat16, got 'float8'"),
-        (lambda: ClassifierSettings(on="noise"), r"on must be one of images, reconstructions, both, got 'noise'"),
+        (
+            lambda: GanSettings(lr_schedule="cosine"),
+            r"lr_schedule must be constant, linear or hold, got 'cosine'",
+        ),
+        (
+            lambda: GanSettings(model="Critic"),
+            r"model must be one of Generator, CelebaGenerator, got 'Critic'",
+        ),
+        (
+            lambda: GanSettings(batch_norm=True),
+            r"batch_norm must go with model CelebaGenerator, got 'Generator'",
+        ),
+        (
+            lambda: GanSettings(precision="float8"),
+            r"precision must be one of float32, bfloat16, got 'float8'",
+        ),
+        (
+            lambda: ClassifierSettings(on="noise"),
+            r"on must be one of images, reconstructions, both, got 'noise'",
+        ),
         (lambda: ClassifierSettings(adversarial=-1.0), r"adversarial must be at least 0, got -1.0"),
         (lambda: MagnetSettings(noise=-1.0), r"noise must be at least 0, got -1.0"),
         (lambda: ClassifierSettings(epochs=0), r"epochs must be at least 1, got 0"),
