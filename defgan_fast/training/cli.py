@@ -60,13 +60,12 @@ CLASSIFIER_DEFAULTS: dict[str, dict[str, Any]] = {
 # Words added to `train gan` for what ships: schedules for an hour or two of one core instead of the paper's
 # 200,000 steps. A small critic and two of its steps for each of the generator's cost a sixth of the paper's.
 SHORT = "--lr 5e-4 --lr-schedule hold --critic-steps 2 --critic-width 32 --latent-floor 0.09 --threads 1"
+EVALUATE = "--evaluate-every 750 --evaluate-images 20"
 RECIPES: dict[str, list[str]] = {
     "digits": [],
-    "mnist": f"--steps 16000 {SHORT}".split(),
-    "fashion_mnist": f"--steps 16000 {SHORT}".split(),
+    "mnist": f"--steps 2250 {SHORT} {EVALUATE}".split(),
+    "fashion_mnist": f"--steps 2250 {SHORT} {EVALUATE}".split(),
 }
-# Images that the recipes' quality is measured on.
-EVALUATE = ["--evaluate-every", "500", "--evaluate-images", "100"]
 # Added to the commands that other parts of the package suggest: the paper's 200,000 steps take days on a CPU.
 QUICK = {"gan": " --steps 5000 --lr 3e-4 --lr-schedule linear", "classifier": ""}
 
@@ -269,11 +268,12 @@ def run_gan(args: argparse.Namespace) -> int:
     """Train a generator; see ``defgan-fast train gan --help``."""
     settings = _settings(GanSettings, GAN_DEFAULTS[args.dataset], args)
     _use_threads(args.threads)
+    wanted = devices.parse(args.device)
     out = args.out or generator_path(args.dataset).parent
     dataset = _load(args, "train")
     data_hash = data.fingerprint(dataset)
     value_range = data.RANGES[args.dataset]
-    with distributed.joined(devices.parse(args.device)) as device:
+    with distributed.joined(wanted) as device:
         compiler = _compiler(device) if args.compile else None
         trainer = WganGp(settings, dataset.images, data_hash, device, compiler)
         if trainer.generator.value_range != value_range:
@@ -460,8 +460,9 @@ def run_weights(args: argparse.Namespace) -> int:
     folders = {job: args.work / f"{job}-{args.dataset}" for job in ("classifier", "gan")}
     classifier_file, generator_file = folders["classifier"] / CLASSIFIER_FILE, folders["gan"] / GENERATOR_FILE
     recipe = RECIPES[args.dataset]
-    gan = [*recipe, *EVALUATE, "--classifier", str(classifier_file)] if recipe else []
-    for job, run, words in (("classifier", run_classifier, []), ("gan", run_gan, gan)):
+    gan = [*recipe, "--classifier", str(classifier_file)] if recipe else []
+    classifier = ["--threads", "1"] if recipe else []
+    for job, run, words in (("classifier", run_classifier, classifier), ("gan", run_gan, gan)):
         line = ["train", job, "--dataset", args.dataset, "--out", str(folders[job]), *words]
         line += ["--root", args.root] if args.root else []
         run(parser.parse_args([*line, "--resume"] if args.resume else line))
@@ -472,20 +473,19 @@ def run_weights(args: argparse.Namespace) -> int:
 def pack(args: argparse.Namespace, generator_file: Path, classifier_file: Path) -> None:
     """Store a trained pair in float16, measure what was stored, and write the figures into its cards."""
     generator, classifier = weights.load_generator(generator_file), weights.load_classifier(classifier_file)
-    validation = _first(data.load(args.dataset, args.root, "validation"), args.images)
-    full = quality.measure(generator, classifier, validation, attacked=0)
+    validation = data.load(args.dataset, args.root, "validation")
+    cache = args.work / "reconstructions"
+    full = quality.measure(generator, classifier, validation, count=args.images, attacked=0, cache=cache)
     # Rounded as they will be stored: the figures are to be those of the files.
     for module in (generator, classifier):
         module.load_state_dict({name: value.half() for name, value in module.state_dict().items()})
     test = data.load(args.dataset, args.root, "test")
     measured: dict[str, Any] = {
-        "validation": quality.measure(generator, classifier, validation, attacked=args.images),
+        "validation": quality.measure(
+            generator, classifier, validation, count=args.images, attacked=args.images, cache=cache
+        ),
         "test": quality.measure(
-            generator,
-            classifier,
-            _first(test, args.images_test),
-            attacked=args.images,
-            cache=args.work / "reconstructions",
+            generator, classifier, test, count=args.images_test, attacked=args.images, cache=cache
         ),
         "validation_float32": full,
     }
@@ -500,7 +500,3 @@ def pack(args: argparse.Namespace, generator_file: Path, classifier_file: Path) 
         card = {**weights.read_card(file), "storage": "float16", "quality": measured}
         weights.save(module, target, card, torch.float16)
         print(target)
-
-
-def _first(dataset: data.Dataset, count: int) -> data.Dataset:
-    return data.Dataset(dataset.images[:count], dataset.labels[:count])

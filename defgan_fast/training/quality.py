@@ -36,6 +36,7 @@ def measure(
     dataset: data.Dataset,
     steps: int = 200,
     restarts: int = 10,
+    count: int | None = None,
     attacked: int | None = None,
     cache: Path | None = None,
 ) -> dict[str, float]:
@@ -46,17 +47,21 @@ def measure(
         classifier: images -> logits; also the one that is attacked.
         dataset: images in [0, 1] and labels.
         steps, restarts: L and R.
-        attacked: the first so many images are attacked, too (default: all).
-        cache: folder for the clean reconstructions, so that an interrupted measurement goes on.
+        count: the first so many images are projected (default: all).
+        attacked: the first so many of these are attacked, too (default: all).
+        cache: folder for the clean reconstructions, so that an interrupted measurement goes on, and one on
+            more images later takes what is there.
 
     Returns:
         Number of images, mean reconstruction error of the clean ones, and the accuracies.
     """
     projector = Projector(generator, steps=steps, restarts=restarts)
-    images, labels = dataset
+    count = len(dataset.images) if count is None else min(count, len(dataset.images))
+    images, labels = dataset.images[:count], dataset.labels[:count]
     count = len(images) if attacked is None else min(attacked, len(images))
     if cache is not None:
-        clean_defended, errors = cached(projector, images, data.fingerprint(dataset), cache)
+        data_hash = data.fingerprint(dataset)
+        clean_defended, errors = cached(projector, dataset.images, data_hash, cache, limit=len(images))
     else:
         with progress.bar(len(images), "reconstructions", "image") as bar:
             clean_defended, errors = _project(projector, images, bar.update)

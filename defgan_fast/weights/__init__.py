@@ -30,7 +30,7 @@ def load_generator(name_or_path: str | os.PathLike[str]) -> nn.Module:
     """A trained generator, in eval mode on the CPU.
 
     Args:
-        name_or_path: "digits", or the name of another shipped generator, or the path of a weight file.
+        name_or_path: "digits", "mnist" or "fashion_mnist", which are shipped, or the path of a weight file.
 
     Returns:
         The module, latents [N, k] -> images [N, C, H, W].

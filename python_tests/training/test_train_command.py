@@ -93,7 +93,7 @@ def test_recipes_are_commands():
     from defgan_fast.cli import build_parser
 
     for dataset, recipe in training.RECIPES.items():
-        args = build_parser().parse_args(["train", "gan", "--dataset", dataset, *recipe, *training.EVALUATE])
+        args = build_parser().parse_args(["train", "gan", "--dataset", dataset, *recipe])
         settings = training._settings(training.GanSettings, training.GAN_DEFAULTS[dataset], args)
         # The generators that ship have the geometry of the paper, and of the design for the digits.
         assert (settings.latent_size, settings.width) == ((64, 32) if dataset == "digits" else (128, 64))
