@@ -49,38 +49,45 @@ def measure(
         steps, restarts: L and R.
         count: the first so many images are projected (default: all).
         attacked: the first so many of these are attacked, too (default: all).
-        cache: folder for the clean reconstructions, so that an interrupted measurement goes on, and one on
-            more images later takes what is there.
+        cache: folder for reconstructions, so that an interrupted measurement goes on, and one on more images
+            later takes what is there.
 
     Returns:
         Number of images, mean reconstruction error of the clean ones, and the accuracies.
     """
     projector = Projector(generator, steps=steps, restarts=restarts)
     count = len(dataset.images) if count is None else min(count, len(dataset.images))
+    attacked = count if attacked is None else min(attacked, count)
     images, labels = dataset.images[:count], dataset.labels[:count]
-    count = len(images) if attacked is None else min(attacked, len(images))
-    if cache is not None:
-        data_hash = data.fingerprint(dataset)
-        clean_defended, errors = cached(projector, dataset.images, data_hash, cache, limit=len(images))
-    else:
-        with progress.bar(len(images), "reconstructions", "image") as bar:
-            clean_defended, errors = _project(projector, images, bar.update)
+    data_hash = data.fingerprint(dataset)
+    defended, errors = _kept_or_projected(projector, dataset.images, count, data_hash, cache)
     figures = {
-        "images": len(images),
+        "images": count,
         "reconstruction_error": float(errors.double().mean()),
         "accuracy_clean": accuracy(classifier, images, labels),
-        "accuracy_clean_defended": accuracy(classifier, clean_defended, labels),
+        "accuracy_clean_defended": accuracy(classifier, defended, labels),
     }
-    if count:
-        adversarial = fgsm(classifier.eval(), images[:count], labels[:count], EPSILON)
-        with progress.bar(count, "attacked reconstructions", "image") as bar:
-            defended, _ = _project(projector, adversarial, bar.update)
+    if attacked:
+        images, labels = images[:attacked], labels[:attacked]
+        adversarial = fgsm(classifier.eval(), images, labels, EPSILON)
+        attack_hash = f"{data_hash} FGSM {EPSILON} {weights_hash(classifier)}"
+        defended, _ = _kept_or_projected(projector, adversarial, attacked, attack_hash, cache)
         figures |= {
-            "images_attacked": count,
-            "accuracy_attacked": accuracy(classifier, adversarial, labels[:count]),
-            "accuracy_attacked_defended": accuracy(classifier, defended, labels[:count]),
+            "images_attacked": attacked,
+            "accuracy_attacked": accuracy(classifier, adversarial, labels),
+            "accuracy_attacked_defended": accuracy(classifier, defended, labels),
         }
     return figures
+
+
+def _kept_or_projected(
+    projector: Projector, images: torch.Tensor, count: int, data_hash: str, cache: Path | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstructions and errors of the first ``count`` images, by way of the cache where there is one."""
+    if cache is not None:
+        return cached(projector, images, data_hash, cache, limit=count)
+    with progress.bar(count, "reconstructions", "image") as bar:
+        return _project(projector, images[:count], bar.update)
 
 
 def _project(
