@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
 PRESETS ?= release asan ubsan tsan
+DATASETS ?= digits mnist fashion_mnist
 ARGS ?=
 
 VENV := .venv
@@ -51,8 +52,10 @@ format: $(TOOLS) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-weights: $(BUILT) ## train the shipped networks anew (hours), measure them, and put them in the package
-	$(PY) -m defgan_fast train weights --dataset digits --out defgan_fast/weights $(ARGS)
+weights: $(BUILT) ## train the shipped networks anew (hours), measure and pack them; DATASETS="mnist" for one
+	for dataset in $(DATASETS); do \
+	  $(PY) -m defgan_fast train weights --dataset $$dataset --out defgan_fast/weights $(ARGS) || exit 1; \
+	done
 
 bench: $(BUILT) $(TOOLS) ## measure the kernels against their peers (minutes; on a quiet machine)
 	$(PY) -m defgan_fast bench $(ARGS)
