@@ -212,10 +212,10 @@ BUGS = [
         (VALUES, OUT_OF_BOUNDS, NOTHING_WRITTEN),
     ),
     Bug(
-        "another row",
+        "another row's gradient",
         TEAM,
-        "Storage<S>::offset(from % kChunk, row)",
-        "Storage<S>::offset(from % kChunk, row ^ PLANTED)",
+        "(pixel * kGroupRows + row)",
+        "(pixel * kGroupRows + (row ^ PLANTED))",
         "split",
         (VALUES,),
     ),
