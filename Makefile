@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
 PRESETS ?= release asan ubsan tsan
+DATASETS ?= digits mnist fashion_mnist
 ARGS ?=
 
 VENV := .venv
@@ -51,8 +52,10 @@ format: $(TOOLS) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format .
 	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-weights: $(BUILT) ## train the shipped networks anew (hours), measure them, and put them in the package
-	$(PY) -m defgan_fast train weights --dataset digits --out defgan_fast/weights $(ARGS)
+weights: $(BUILT) ## train the shipped networks anew (hours), measure and pack them; DATASETS="mnist" for one
+	for dataset in $(DATASETS); do \
+	  $(PY) -m defgan_fast train weights --dataset $$dataset --out defgan_fast/weights $(ARGS) || exit 1; \
+	done
 
 bench: $(BUILT) $(TOOLS) ## measure the kernels against their peers (minutes; on a quiet machine)
 	$(PY) -m defgan_fast bench $(ARGS)
@@ -72,9 +75,9 @@ cuda-check: ## compile the CUDA kernels for every architecture and judge registe
 # installed package and not the checkout.
 cuda-build: $(CUDA_STAMP) ## build and import the extension against a CUDA torch in .venv-cuda; nvcc, no GPU
 	@mkdir -p build
-	$(CUDA_VENV)/bin/python -m pip install --no-deps --no-build-isolation --force-reinstall -v . > build/cuda-build.log \
+	$(CUDA_VENV)/bin/python -m pip install --no-deps --no-build-isolation --force-reinstall -v . > build/cuda-build.log 2>&1 \
 	  || { tail -50 build/cuda-build.log; exit 1; }
-	grep '^ *defgan_fast: ' build/cuda-build.log
+	grep 'defgan_fast: ' build/cuda-build.log
 	DEFGAN_EXPECT_CUDA=1 $(CUDA_VENV)/bin/pytest -p no:cacheprovider python_tests/test_cuda.py python_tests/test_info.py $(ARGS)
 
 clean: ## remove what was compiled

@@ -5,10 +5,10 @@
     python bench/gpu_check.py --part correctness     # one part (several: repeat it)
 
 Each part runs in a process of its own with a time budget: a part that fails, hangs or breaks the CUDA context does
-not take the others with it, and what a part had found until then is kept. Where there is no GPU, parts that can run
-on the CPU kernels rehearse on a tiny problem, so that the script is tested; they say so and give no time. The others
-are skipped by name. Needs Python 3.10, torch with CUDA, nvcc, pybind11, ninja and numpy; compute-sanitizer and ncu are
-used where found.
+not take the others with it, and what a part had found until then is kept. Where there is no GPU, parts rehearse on a
+tiny problem, so that the script is tested: what is about results on the kernels' execution on the CPU, what is about
+times on the CPU kernels, and without a time. The others are skipped by name. Needs Python 3.10, torch with CUDA, nvcc,
+pybind11, ninja and numpy; compute-sanitizer and ncu are used where found.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,9 @@ def write(path: Path, what: Any) -> None:
 def output_of(command: list[str], timeout: float = 60) -> str:
     """Standard output of a tool, empty where it is not there or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=timeout
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -109,8 +112,14 @@ def card(found: Findings) -> None:
     """Versions, and the limits that the card states."""
     import torch
 
-    found["python"], found["torch"], found["torch_cuda"] = sys.version.split()[0], torch.__version__, torch.version.cuda
-    found["commit"] = output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]) or None
+    found["python"], found["torch"], found["torch_cuda"] = (
+        sys.version.split()[0],
+        torch.__version__,
+        torch.version.cuda,
+    )
+    found["commit"] = (
+        output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]) or None
+    )
     lines = output_of(["nvcc", "--version"]).splitlines()
     found["nvcc"] = lines[-1] if lines else None
     found["tools"] = {tool: shutil.which(tool) for tool in ("compute-sanitizer", "ncu")}
@@ -182,7 +191,7 @@ def build(found: Findings) -> None:
 
 
 def backend() -> str:
-    """What is checked: the CUDA kernels, or where there is no GPU the CPU's, as a rehearsal.
+    """Where this runs: "cuda", or where there is no GPU "cpu", as a rehearsal.
 
     Raises:
         RuntimeError: there is a GPU, and the kernels are not there for it.
@@ -197,20 +206,31 @@ def backend() -> str:
     return "cuda"
 
 
-def precisions() -> tuple[str, ...]:
-    return ("float32", "float16", "bfloat16") if backend() == "cuda" else ("float32", "bfloat16")
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+_plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def plan_of(generator: Any) -> Any:
+    """The lowered generator; lowering checks itself in float64, which takes longer than what is checked here."""
+    from defgan_fast import lowering
+
+    if generator not in _plans:
+        _plans[generator] = lowering.lower(generator, generator.latent_size)
+    return _plans[generator]
 
 
 def mappings_for(generator: Any, precision: str) -> list[str]:
     """Those that this card has for this generator."""
     import torch
 
-    from defgan_fast import _extension, lowering
+    from defgan_fast import _extension
 
     if backend() == "cpu":
-        return ["auto"]
+        return [name for name in MAPPINGS if name != "fused" or precision != "float32"]
     gpu = torch.cuda.get_device_properties(0)
-    plan = lowering.lower(generator, generator.latent_size)
+    plan = plan_of(generator)
     elements = [tensor.numel() for tensor in plan.tensors(generator)]
     module: Any = _extension.module()
     usable = []
@@ -239,7 +259,10 @@ def poison() -> None:
     if not torch.cuda.is_available():
         return
     torch.cuda.empty_cache()
-    blocks = [torch.full((size // 4,), math.nan, device="cuda") for size in (256 << 20, 64 << 20, 1 << 20, *[4096] * 64)]
+    blocks = [
+        torch.full((size // 4,), math.nan, device="cuda")
+        for size in (256 << 20, 64 << 20, 1 << 20, *[4096] * 64)
+    ]
     del blocks
 
 
@@ -247,12 +270,19 @@ def projection(generator: Any, work: Any, steps: int, precision: str, max_rows: 
     """(latents [B, R, k], errors [B, R]) of the op, on poisoned memory."""
     import torch
 
-    from defgan_fast import lowering
     from defgan_fast.benchmark import peers
 
-    plan = lowering.lower(generator, generator.latent_size)
+    plan = plan_of(generator)
     parameters = [tensor.detach() for tensor in plan.tensors(generator)]
     rates = peers.learning_rates(steps)
+    if backend() == "cpu":
+        sys.path.insert(0, str(ROOT / "python_tests" / "kernels"))
+        import on_cpu
+
+        chosen = os.environ.get("DEFGAN_CUDA_MAPPING", "auto")
+        arguments = (work.images, work.z0, parameters, plan.text, rates, peers.MOMENTUM, precision, chosen)
+        result = on_cpu.kernels().project(*arguments, blocks=3, max_rows=max_rows or 0)
+        return result.latents, result.errors
     poison()
     return torch.ops.defgan_fast.project(
         work.images, work.z0, parameters, plan.text, rates, peers.MOMENTUM, precision, max_rows or 0, False
@@ -291,23 +321,30 @@ def correctness(found: Findings) -> None:
     found["backend"] = what
     found["seed"] = seed = int.from_bytes(os.urandom(3), "little")
     print(f"    seed {seed}", flush=True)
-    names = ("digits", "mnist", "mnist_tensorflow", "celeba", "upsampling", "dcgan") if on_gpu else ("digits",)
+    names = (
+        ("digits", "mnist", "mnist_tensorflow", "celeba", "upsampling", "dcgan") if on_gpu else ("digits",)
+    )
     shapes = ((1, 1), (3, 3), (8, 3)) if on_gpu else ((1, 1), (3, 3))
+    all_steps, long, batch, in_flight = (
+        ((1, 5), 20, 13, (None, 1, 7, 8, 20)) if on_gpu else ((1, 2), 2, 3, (None, 1, 8))
+    )
     found["rows"] = []
     for name in names:
         generator = moving_generator(name, seed=seed).to(what)
         for images, restarts in shapes:
             work = run.moved(run.problem(generator.cpu(), images, restarts, seed=seed + images), what)
             generator = work.generator
-            for steps in (1, 5):
+            for steps in all_steps:
                 z64, e64 = descents(work, steps, "float64")
                 travelled = (z64 - work.z0).norm(dim=-1)
                 found.expect(bool((travelled > 0).all()), f"{name}: the problem does not move")
-                for precision in precisions():
+                for precision in PRECISIONS:
                     if found.left() < 5:
                         found.expect(False, f"out of time at {name}, {images} x {restarts}, {steps} steps")
                         return
-                    theirs = ((descents(work, steps, precision)[0] - z64).norm(dim=-1) / travelled).median().item()
+                    theirs = (
+                        ((descents(work, steps, precision)[0] - z64).norm(dim=-1) / travelled).median().item()
+                    )
                     bits = None
                     for chosen in mappings_for(generator, precision):
                         with mapping(chosen):
@@ -316,30 +353,42 @@ def correctness(found: Findings) -> None:
                         off = ((errors - e64).abs() / e64).median().item()
                         bound = 2 * theirs + EPSILON[precision]
                         label = f"{name}, {images} x {restarts}, {steps} steps, {precision}, {chosen}"
-                        row = {"case": label, "latent_error": ours, "pytorch": theirs, "bound": bound, "loss_error": off}
+                        row = {
+                            "case": label,
+                            "latent_error": ours,
+                            "pytorch": theirs,
+                            "bound": bound,
+                            "loss_error": off,
+                        }
                         found["rows"].append(row)
-                        found.expect(ours <= bound, f"{label}: latents are off by {ours:.1e}, at most {bound:.1e}")
+                        found.expect(
+                            ours <= bound, f"{label}: latents are off by {ours:.1e}, at most {bound:.1e}"
+                        )
                         found.expect(bool(torch.isfinite(errors).all()), f"{label}: errors are not finite")
                         if bits is None:
                             bits = (z, errors)
                         same = torch.equal(z, bits[0]) and torch.equal(errors, bits[1])
-                        found.expect(same, f"{label}: other bits than {mappings_for(generator, precision)[0]}")
+                        found.expect(
+                            same, f"{label}: other bits than {mappings_for(generator, precision)[0]}"
+                        )
         found.save()
 
     # The same bits from run to run, at every place in the batch, for every size of what is in flight.
     generator = moving_generator("digits", seed=seed)
-    work = run.moved(run.problem(generator, 13, 3, seed=seed), what)
-    for precision in precisions():
-        expected = projection(work.generator, work, 20, precision)
+    work = run.moved(run.problem(generator, batch, 3, seed=seed), what)
+    for precision in PRECISIONS:
+        expected = projection(work.generator, work, long, precision)
         for chosen in mappings_for(work.generator, precision):
             with mapping(chosen):
-                for max_rows in (None, 1, 7, 8, 20):
-                    again = projection(work.generator, work, 20, precision, max_rows)
+                for max_rows in in_flight:
+                    again = projection(work.generator, work, long, precision, max_rows)
                     same = all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
                     found.expect(same, f"{precision}, {chosen}, max_rows={max_rows}: other bits")
-                for first in (0, 5, 12):
-                    part = type(work)(work.generator, work.images[first : first + 1], work.z0[first : first + 1])
-                    alone = projection(work.generator, part, 20, precision)
+                for first in (0, batch // 2, batch - 1):
+                    part = type(work)(
+                        work.generator, work.images[first : first + 1], work.z0[first : first + 1]
+                    )
+                    alone = projection(work.generator, part, long, precision)
                     same = all(torch.equal(a[0], b[first]) for a, b in zip(alone, expected, strict=True))
                     found.expect(same, f"{precision}, {chosen}: image {first} alone has other bits")
 
@@ -352,11 +401,13 @@ def tiny(found: Findings) -> None:
     from defgan_fast.benchmark.generators import moving_generator
 
     work = run.moved(run.problem(moving_generator("digits"), 3, 3), backend())
-    for precision in ("float16", "float32") if backend() == "cuda" else ("float32",):
+    for precision in ("float16", "float32"):
         for chosen in mappings_for(work.generator, precision):
             with mapping(chosen):
                 _, errors = projection(work.generator, work, 1, precision)
-                found.expect(bool(torch.isfinite(errors).all()), f"{precision}, {chosen}: errors are not finite")
+                found.expect(
+                    bool(torch.isfinite(errors).all()), f"{precision}, {chosen}: errors are not finite"
+                )
 
 
 def sanitizer(found: Findings) -> None:
@@ -368,12 +419,33 @@ def sanitizer(found: Findings) -> None:
         raise Skip("compute-sanitizer was not found")
     for check in ("memcheck", "racecheck"):
         with tempfile.TemporaryDirectory() as folder:
-            child = [sys.executable, __file__, "--child", "tiny", "--result", f"{folder}/r.json", "--budget", "100"]
-            command = [tool, "--tool", check, "--kernel-name", "kernel_substring=defgan", "--error-exitcode", "9"]
+            child = [
+                sys.executable,
+                __file__,
+                "--child",
+                "tiny",
+                "--result",
+                f"{folder}/r.json",
+                "--budget",
+                "100",
+            ]
+            command = [
+                tool,
+                "--tool",
+                check,
+                "--kernel-name",
+                "kernel_substring=defgan",
+                "--error-exitcode",
+                "9",
+            ]
             start = time.monotonic()
             try:
                 done = subprocess.run(
-                    [*command, *child], capture_output=True, text=True, check=False, timeout=max(5, found.left() - 3)
+                    [*command, *child],
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=max(5, found.left() - 3),
                 )
             except subprocess.TimeoutExpired:
                 found.expect(False, f"{check} ran out of time")
@@ -381,7 +453,9 @@ def sanitizer(found: Findings) -> None:
             found[check] = {"status": done.returncode, "seconds": round(time.monotonic() - start, 1)}
             summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
             found[check]["summary"] = summary
-            found.expect(done.returncode == 0 and bool(summary), f"{check}: {done.stdout[-1500:]} {done.stderr[-500:]}")
+            found.expect(
+                done.returncode == 0 and bool(summary), f"{check}: {done.stdout[-1500:]} {done.stderr[-500:]}"
+            )
             found.save()
 
 
@@ -398,7 +472,7 @@ def quality(found: Findings) -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     what = backend()
-    name, images, restarts, steps = ("mnist", 64, RESTARTS, STEPS) if what == "cuda" else ("digits", 2, 3, 10)
+    name, images, restarts, steps = ("mnist", 64, RESTARTS, STEPS) if what == "cuda" else ("digits", 2, 3, 3)
     work = run.moved(run.problem(moving_generator(name), images, restarts, seed=1), what)
     # Not exactly reachable, so that the final error is no rounding error.
     noise = torch.randn(work.images.shape, generator=torch.Generator().manual_seed(2)).to(what) * 0.1
@@ -406,7 +480,7 @@ def quality(found: Findings) -> None:
     _, e64 = descents(work, steps, "float64")
     best64 = e64.min(1).values.mean().item()
     found.update(backend=what, generator=name, images=images, restarts=restarts, steps=steps, float64=best64)
-    for precision in precisions():
+    for precision in PRECISIONS:
         z, errors = projection(work.generator, work, steps, precision)
         rows, _ = peers.rows_of(work)
         with torch.no_grad():
@@ -414,8 +488,14 @@ def quality(found: Findings) -> None:
         chosen = own.gather(1, reference.best_restarts(errors)[:, None])[:, 0]
         regret = (chosen / own.min(1).values).max().item()
         mean = chosen.mean().item()
-        found[precision] = {"mean_final_error": mean, "ratio_to_float64": mean / best64, "worst_regret": regret}
-        found.expect(abs(mean / best64 - 1) < 0.01, f"{precision}: mean final error {mean:.6f}, float64 {best64:.6f}")
+        found[precision] = {
+            "mean_final_error": mean,
+            "ratio_to_float64": mean / best64,
+            "worst_regret": regret,
+        }
+        found.expect(
+            abs(mean / best64 - 1) < 0.01, f"{precision}: mean final error {mean:.6f}, float64 {best64:.6f}"
+        )
         found.expect(regret <= 1.001, f"{precision}: a chosen restart is {regret:.4f} times its best")
         found.save()
 
@@ -465,7 +545,11 @@ def timings(found: Findings) -> None:
             prepared = peer.prepare(work)
             run.check(peer, prepared, expected)
             once = seconds_of(lambda: prepared(run.CHECK_STEPS), 2)[1] / run.CHECK_STEPS
-            n = steps if label.startswith("defgan_fast") else max(run.CHECK_STEPS, min(steps, round(most / once / 7)))
+            n = (
+                steps
+                if label.startswith("defgan_fast")
+                else max(run.CHECK_STEPS, min(steps, round(most / once / 7)))
+            )
             prepared(n)
             each = seconds_of(lambda: prepared(n), 7)
         except Exception as error:  # a peer that cannot do it must not end the measurement of the others
@@ -481,22 +565,24 @@ def timings(found: Findings) -> None:
             row["useful_tflops"] = flop / row["ms"] * 1e-9
         found.save()
 
-    for images in SIZES if what == "cuda" else (1,):
-        work = run.moved(run.problem(generator, images, RESTARTS), what)
-        expected = run.expected_errors(work)
-        for precision in precisions():
-            measure(peers.ours(precision, what), "defgan_fast", work, expected, 1.0)
+    sizes = SIZES if what == "cuda" else (1,)
+    problems = {images: run.moved(run.problem(generator, images, RESTARTS), what) for images in sizes}
+    expected = {images: run.expected_errors(work) for images, work in problems.items()}
+    others = peers.gpu_peers() if what == "cuda" else peers.pytorch_peers(compiled=False)[:1]
+    for images, work in problems.items():
+        for precision in PRECISIONS if what == "cuda" else ("float32", "bfloat16"):
+            measure(peers.ours(precision, what), "defgan_fast", work, expected[images], 1.0)
         for chosen in mappings_for(work.generator, "float16") if what == "cuda" else []:
             with mapping(chosen):
-                measure(peers.ours("float16", what), f"defgan_fast {chosen}", work, expected, 1.0)
-        # Compiled peers last: they take a third of a minute each before they can be timed.
-        others = peers.gpu_peers() if what == "cuda" else peers.pytorch_peers(compiled=False)[:1]
-        for peer in others:
+                measure(peers.ours("float16", what), f"defgan_fast {chosen}", work, expected[images], 1.0)
+    # Compiled peers last: each takes a third of a minute before it can be timed.
+    for peer in sorted(others, key=lambda peer: "compile" in peer.name):
+        for images, work in problems.items():
             if found.left() < (30 if "compile" in peer.name else 8):
                 found.expect(False, f"out of time before {peer.name} at {images} images")
                 continue
             torch.compiler.reset()
-            measure(peer, peer.name, work, expected, 2.0)
+            measure(peer, peer.name, work, expected[images], 2.0)
             if what == "cuda":
                 torch.cuda.empty_cache()
 
@@ -544,16 +630,37 @@ def profile(found: Findings) -> None:
     if tool is None:
         raise Skip("ncu was not found")
     with tempfile.TemporaryDirectory() as folder:
-        child = [sys.executable, __file__, "--child", "profiled", "--result", f"{folder}/r.json", "--budget", "100"]
-        command = [tool, "--csv", "--page", "raw", "--metrics", ",".join(METRICS), "--kernel-name-base", "demangled"]
+        child = [
+            sys.executable,
+            __file__,
+            "--child",
+            "profiled",
+            "--result",
+            f"{folder}/r.json",
+            "--budget",
+            "100",
+        ]
+        command = [
+            tool,
+            "--csv",
+            "--page",
+            "raw",
+            "--metrics",
+            ",".join(METRICS),
+            "--kernel-name-base",
+            "demangled",
+        ]
         command += ["--kernel-name", "regex:fused_entry|team_entry", "--clock-control", "none"]
+        command += ["--launch-count", "8"]
         done = subprocess.run(
             [*command, *child], capture_output=True, text=True, check=False, timeout=max(5, found.left() - 2)
         )
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
     table = list(csv.DictReader(io.StringIO("\n".join(lines))))
     launches = [row for row in table if row.get("Kernel Name")]
-    found["launches"] = [{key: row[key] for key in ("Kernel Name", "Grid Size", *METRICS) if row.get(key)} for row in launches]
+    found["launches"] = [
+        {key: row[key] for key in ("Kernel Name", "Grid Size", *METRICS) if row.get(key)} for row in launches
+    ]
     found.expect(bool(launches), f"ncu told nothing: {done.stdout[-800:]} {done.stderr[-400:]}")
 
 
@@ -601,7 +708,16 @@ def run_part(part: Part, budget: float) -> dict[str, Any]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--child", part.name, "--result", str(path), "--budget", f"{budget:.0f}"]
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            part.name,
+            "--result",
+            str(path),
+            "--budget",
+            f"{budget:.0f}",
+        ]
         process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         late = False
         try:
@@ -630,7 +746,7 @@ def table(result: dict[str, Any]) -> str:
     for name, found in parts.items():
         note = found.get("skipped") or (f"{len(found['failures'])} failures" if found["failures"] else "")
         if found.get("backend") == "cpu" and not note:
-            note = "rehearsed on the CPU kernels: no GPU"
+            note = "rehearsed on the CPU: no GPU"
         lines.append(f"{name:<12} {found['outcome']:<8} {found['seconds_taken']:>6.1f} s  {note}")
     measured = parts.get("ceilings", {})
     if "mma_tflops" in measured:
@@ -648,11 +764,21 @@ def table(result: dict[str, Any]) -> str:
             texts = (f"{cells[size]:>17.2f}" if size in cells else f"{'-':>17}" for size in sizes)
             lines.append(f"{', '.join(label):<44}" + "".join(texts))
         peers = [row for row in rows if not row["backend"].startswith("defgan_fast")]
-        ours = {row["images"]: row["ms"] for row in rows if (row["backend"], row["precision"]) == ("defgan_fast", "float16")}
-        for label, chosen in (("eager", [r for r in peers if r["backend"].startswith("eager")]), ("best peer", peers)):
-            best = {size: min((r["ms"] for r in chosen if r["images"] == size), default=None) for size in sizes}
+        ours = {
+            row["images"]: row["ms"]
+            for row in rows
+            if (row["backend"], row["precision"]) == ("defgan_fast", "float16")
+        }
+        for label, chosen in (
+            ("eager", [r for r in peers if r["backend"].startswith("eager")]),
+            ("best peer", peers),
+        ):
+            best = {
+                size: min((r["ms"] for r in chosen if r["images"] == size), default=None) for size in sizes
+            }
             texts = (
-                f"{best[size] / ours[size]:>16.1f}x" if best[size] and size in ours else f"{'-':>17}" for size in sizes
+                f"{best[size] / ours[size]:>16.1f}x" if best[size] and size in ours else f"{'-':>17}"
+                for size in sizes
             )
             lines.append(f"{'float16 to ' + label:<44}" + "".join(texts))
     return "\n".join(lines)
@@ -661,7 +787,9 @@ def table(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--part", choices=[part.name for part in PARTS], action="append", help="only this one")
+    parser.add_argument(
+        "--part", choices=[part.name for part in PARTS], action="append", help="only this one"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts, default {MINUTES:g}")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
@@ -680,7 +808,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{part.name} ...", flush=True)
         if budget < 5:
             result["parts"][part.name] = {
-                "failures": ["no time was left for it"], "outcome": "failed", "seconds_taken": 0.0
+                "failures": ["no time was left for it"],
+                "outcome": "failed",
+                "seconds_taken": 0.0,
             }
         else:
             result["parts"][part.name] = run_part(part, budget)

@@ -67,9 +67,7 @@ __global__ void __launch_bounds__(512) read_all(const Vec4* data, int count, int
     // Blocks begin at different places, as blocks do that are not in step.
     for (int i = threadIdx.x; i + (kInFlight - 1) * 512 < count; i += kInFlight * 512) {
       Vec4 v[kInFlight];
-      static_for<kInFlight>([&](auto j) {
-        v[j] = load_global(data + (i + j * 512 + blockIdx.x * 8192) % count);
-      });
+      static_for<kInFlight>([&](auto j) { v[j] = load_global(data + (i + j * 512 + blockIdx.x * 8192) % count); });
       static_for<kInFlight>([&](auto j) { sum += v[j].x ^ v[j].y ^ v[j].z ^ v[j].w; });
     }
   out[blockIdx.x * 512 + threadIdx.x] = sum;
@@ -99,9 +97,8 @@ int main() {
   // The weights of the paper's generator, packed forward and backward.
   const int weights = 6200000 / 16 / 2048 * 2048, passes = 8;
   auto* results = reinterpret_cast<uint32_t*>(memory + (size_t(32) << 20));
-  const double read = milliseconds([&] {
-    read_all<<<processors * 2, 512>>>(reinterpret_cast<const Vec4*>(memory), weights, passes, results);
-  });
+  const double read = milliseconds(
+      [&] { read_all<<<processors * 2, 512>>>(reinterpret_cast<const Vec4*>(memory), weights, passes, results); });
   const double read_bytes = double(weights) * 16 * passes * processors * 2;
 
   std::printf("{\"mma_tflops\": %.1f, \"l2_gb_per_s\": %.0f, \"meeting_us\": {", flop / mma * 1e-9,

@@ -92,8 +92,8 @@ inline void check_decoding(const Plan& plan, const Tensor& latents, int64_t max_
 inline Tensor checked_parameter(const Tensor& parameter, const at::Device& device) {
   TORCH_CHECK_TYPE(parameter.is_floating_point(), "parameters must be floating point, got ",
                    name_of(parameter.scalar_type()));
-  TORCH_CHECK_VALUE(parameter.device() == device, "parameters must be on the images' device (", device.str(),
-                    "), got ", parameter.device().str());
+  TORCH_CHECK_VALUE(parameter.device() == device, "parameters must be on the images' device (", device.str(), "), got ",
+                    parameter.device().str());
   return parameter.detach().to(at::kFloat).contiguous();
 }
 

@@ -265,8 +265,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         namespace cuda = defgan::cuda;
         const auto program = cuda::make_program(defgan::parse_plan(plan), elements, cuda::precision_of(precision));
         const cuda::Device device{capability.first, capability.second, multiprocessors, shared_memory};
-        const cuda::Schedule s =
-            cuda::schedule_projection(*program, device, rows, max_rows, cuda::mapping_of(mapping));
+        const cuda::Schedule s = cuda::schedule_projection(*program, device, rows, max_rows, cuda::mapping_of(mapping));
         py::dict d;
         d["mapping"] = cuda::name_of(s.mapping);
         d["rows_in_flight"] = s.rows_in_flight;

@@ -29,9 +29,7 @@ namespace {
 using cuda::Precision;
 using cuda::Program;
 
-bool capturing() {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-}
+bool capturing() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
 
 // --- what is made once and kept ---------------------------------------------------------------------------
 
@@ -185,8 +183,8 @@ std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, 
     if (count == 0) return {latents, errors};
 
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
-    const cuda::Schedule schedule = cuda::schedule_projection(
-        *c->program, properties_of(images.device()), count * restarts, max_rows, cuda::wanted_mapping());
+    const cuda::Schedule schedule = cuda::schedule_projection(*c->program, properties_of(images.device()),
+                                                              count * restarts, max_rows, cuda::wanted_mapping());
     const Tensor tables = read_on(device_tables(c, images.device()), stream);
     const Tensor rates = read_on(device_rates(lr_schedule, images.device()), stream);
     const Tensor working = workspace(schedule, targets);
@@ -208,8 +206,7 @@ std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, 
   });
 }
 
-Tensor decode_cuda(const Tensor& latents, at::TensorList parameters, const std::string& description,
-                   int64_t max_rows) {
+Tensor decode_cuda(const Tensor& latents, at::TensorList parameters, const std::string& description, int64_t max_rows) {
   return translated([&] {
     const std::shared_ptr<const Compiled> c = compiled(description, parameters, Precision::kFloat32);
     check_decoding(c->plan, latents, max_rows);

@@ -236,7 +236,9 @@ def _compile(csrc: Path, folder: Path, cuda: _build.Decision) -> tuple[ModuleTyp
     with _ninja_on_path(), _environment(variables):
         built: ModuleType = cpp_extension.load(
             name=_JIT_NAME,
-            sources=[str(_under_its_own_name(path, csrc, folder)) for path in _build.source_files(csrc, cuda.use)],
+            sources=[
+                str(_under_its_own_name(path, csrc, folder)) for path in _build.source_files(csrc, cuda.use)
+            ],
             extra_cflags=_build.compile_flags(cuda.use),
             extra_cuda_cflags=_build.NVCC_FLAGS,
             extra_ldflags=_build.LINK_FLAGS,

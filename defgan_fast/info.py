@@ -28,6 +28,8 @@ ROWS = (10, 160, 10_000)  # 1, 16 and 1,000 images with 10 restarts
 # Where there is no GPU, planning is shown for this one.
 H100 = {"capability": (9, 0), "multiprocessors": 132, "shared_memory": 227 * 1024}
 
+_Lowered = tuple[str, list[int]]  # a plan's text, and how many elements each of its parameters has
+
 
 def environment() -> dict[str, Any]:
     """Everything that `defgan-fast info` prints, as a dict that serialises to JSON.
@@ -76,7 +78,7 @@ def _devices(module: ModuleType) -> list[dict[str, Any]]:
     found = []
     if ops.cuda_kernels_built and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(index)
+            gpu: Any = torch.cuda.get_device_properties(index)
             properties = {
                 "capability": (gpu.major, gpu.minor),
                 "multiprocessors": gpu.multi_processor_count,
@@ -90,7 +92,12 @@ def _devices(module: ModuleType) -> list[dict[str, Any]]:
         properties = {key: device[key] for key in H100}
         device["capability"] = list(device["capability"])
         device["mappings"] = [
-            {"generator": name, "precision": precision, "rows": rows, **_schedule(module, generator, precision, rows, properties)}
+            {
+                "generator": name,
+                "precision": precision,
+                "rows": rows,
+                **_schedule(module, generator, precision, rows, properties),
+            }
             for name, generator in generators.items()
             for precision in ("float16", "float32")
             for rows in ROWS
@@ -99,24 +106,27 @@ def _devices(module: ModuleType) -> list[dict[str, Any]]:
 
 
 def _schedule(
-    module: ModuleType, generator: nn.Module, precision: str, rows: int, device: dict[str, Any]
+    module: ModuleType, generator: _Lowered, precision: str, rows: int, device: dict[str, Any]
 ) -> dict[str, Any]:
-    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
-    elements = [tensor.numel() for tensor in plan.tensors(generator)]
     wanted = os.environ.get("DEFGAN_CUDA_MAPPING") or "auto"
     try:
-        found = module.cuda_schedule(plan.text, elements, precision, rows=rows, mapping=wanted, **device)
+        found = module.cuda_schedule(*generator, precision, rows=rows, mapping=wanted, **device)
     except ValueError as error:
         return {"mapping": None, "reason": str(error)}
     return {key: found[key] for key in ("mapping", "reason")}
 
 
-def _generators() -> dict[str, nn.Module]:
+def _generators() -> dict[str, _Lowered]:
     """The shipped ones, and the paper's geometry."""
     from . import models, weights
 
     shipped = {name: weights.load_generator(name) for name in weights.shipped("generator")}
-    return {"mnist": models.Generator(), **shipped}
+    return {name: _lowered(generator) for name, generator in {"mnist": models.Generator(), **shipped}.items()}
+
+
+def _lowered(generator: nn.Module) -> _Lowered:
+    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
+    return plan.text, [tensor.numel() for tensor in plan.tensors(generator)]
 
 
 def _available(available: bool, reason: str | None) -> dict[str, Any]:
@@ -156,7 +166,9 @@ def _text(found: dict[str, Any]) -> str:
     if cpu["active"]:
         rows.append(("instruction sets", f"{', '.join(cpu['instruction_sets'])}; in use: {cpu['active']}"))
     for device in found["cuda"]["devices"]:
-        rows.append(("GPU", device["name"] if device["present"] else f"none; planned for an {device['name']}:"))
+        rows.append(
+            ("GPU", device["name"] if device["present"] else f"none; planned for an {device['name']}:")
+        )
         forced = found["cuda"]["forced_mapping"]
         if forced:
             rows.append(("  DEFGAN_CUDA_MAPPING", forced))

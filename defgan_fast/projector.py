@@ -248,7 +248,9 @@ class Projector(nn.Module):
     def _project_with_reference(self, images: Tensor, start: Tensor, rates: list[float]) -> Projection:
         reason = self._reason
         if images.device.type == "cuda" and self._plan is not None and not self._is_double(images):
-            reason = f"no CUDA kernels for {images.device}: {ops.missing_cuda() or 'its architecture is too old'}"
+            reason = (
+                f"no CUDA kernels for {images.device}: {ops.missing_cuda() or 'its architecture is too old'}"
+            )
         if self.backend == "auto" and reason and not self._warned:
             self._warned = True
             warnings.warn(f"running on the reference path: {reason}", stacklevel=4)
@@ -322,7 +324,9 @@ class Projector(nn.Module):
         if device is not None and images.device != device:
             raise ValueError(f"images must be on the generator's device ({device}), got {images.device}")
         if self.backend in ("cpu", "cuda") and images.device.type != self.backend:
-            raise ValueError(f'images must be on a {self.backend} device with backend="{self.backend}", got {images.device}')
+            raise ValueError(
+                f'images must be on a {self.backend} device with backend="{self.backend}", got {images.device}'
+            )
         if z0 is None:
             return
         if not isinstance(z0, Tensor):

@@ -96,7 +96,9 @@ def test_each_gate_names_what_it_found(cuda_check):
     assert cuda_check.judge(second) == []
     second.threads, second.blocks = 1000, 2  # 1000 threads are 32 warps
     second.registers = 33
-    assert cuda_check.judge(second) == ["uses 33 registers, 1000 threads x 2 blocks a multiprocessor leave 32"]
+    assert cuda_check.judge(second) == [
+        "uses 33 registers, 1000 threads x 2 blocks a multiprocessor leave 32"
+    ]
     (serialised,) = cuda_check.warnings_in(REPORT)
     assert serialised.startswith("serialised tensor-core instructions (C7510)")
 

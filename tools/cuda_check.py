@@ -55,7 +55,9 @@ class Function:
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
-    shared: int = 0  # static; what a launch asks for beside it is asserted where it is computed (geometries.h)
+    shared: int = (
+        0  # static; what a launch asks for beside it is asserted where it is computed (geometries.h)
+    )
     threads: int | None = None  # of a block, by the launch bounds
     blocks: int = 1  # of a multiprocessor, by the launch bounds
     failures: list[str] = field(default_factory=list)
@@ -75,7 +77,8 @@ class Unit:
 def build_settings() -> ModuleType:
     """`defgan_fast/_build.py` by its path: importing the package would import torch."""
     spec = importlib.util.spec_from_file_location("_build", ROOT / "defgan_fast" / "_build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["_build"] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
@@ -160,11 +163,22 @@ def run(command: list[str]) -> tuple[int, str]:
     return finished.returncode, finished.stdout + finished.stderr
 
 
-def check_unit(nvcc: str, ptxas: str, flags: list[str], source: Path, architecture: int, folder: Path) -> Unit:
+def check_unit(
+    nvcc: str, ptxas: str, flags: list[str], source: Path, architecture: int, folder: Path
+) -> Unit:
     """Compiles one source for one architecture and judges it."""
     start = time.perf_counter()
     ptx, cubin = (folder / f"{source.stem}-{architecture}{suffix}" for suffix in (".ptx", ".cubin"))
-    compile_ptx = [nvcc, *flags, "-std=c++17", f"-I{CSRC}", f"-arch=compute_{architecture}", "--ptx", "-o", str(ptx)]
+    compile_ptx = [
+        nvcc,
+        *flags,
+        "-std=c++17",
+        f"-I{CSRC}",
+        f"-arch=compute_{architecture}",
+        "--ptx",
+        "-o",
+        str(ptx),
+    ]
     status, said = run([*compile_ptx, str(source)])
     failures = warnings_in(said)
     functions: list[Function] = []
@@ -172,7 +186,9 @@ def check_unit(nvcc: str, ptxas: str, flags: list[str], source: Path, architectu
         failures.append(f"nvcc failed with status {status}")
     else:
         bounds = launch_bounds(ptx.read_text())
-        status, said = run([ptxas, "-v", "-O3", "-lineinfo", f"-arch=sm_{architecture}", "-o", str(cubin), str(ptx)])
+        status, said = run(
+            [ptxas, "-v", "-O3", "-lineinfo", f"-arch=sm_{architecture}", "-o", str(cubin), str(ptx)]
+        )
         failures += warnings_in(said)
         if status != 0:
             failures.append(f"ptxas failed with status {status}")
@@ -187,7 +203,9 @@ def check_unit(nvcc: str, ptxas: str, flags: list[str], source: Path, architectu
 
 def applies(source: Path, architecture: int) -> bool:
     """Whether a source has kernels for an architecture."""
-    return all(architecture in only for pattern, only in ONLY.items() if fnmatch.fnmatch(source.name, pattern))
+    return all(
+        architecture in only for pattern, only in ONLY.items() if fnmatch.fnmatch(source.name, pattern)
+    )
 
 
 def readable(names: list[str]) -> dict[str, str]:
@@ -195,8 +213,12 @@ def readable(names: list[str]) -> dict[str, str]:
     filt = shutil.which("c++filt")
     if filt is None or not names:
         return {name: name for name in names}
-    said = subprocess.run([filt, "-p"], input="\n".join(names), capture_output=True, text=True, check=False).stdout
-    short = (re.sub(r"\b(?:defgan::cuda::|\(anonymous namespace\)::)", "", line) for line in said.splitlines())
+    said = subprocess.run(
+        [filt, "-p"], input="\n".join(names), capture_output=True, text=True, check=False
+    ).stdout
+    short = (
+        re.sub(r"\b(?:defgan::cuda::|\(anonymous namespace\)::)", "", line) for line in said.splitlines()
+    )
     return dict(zip(names, short, strict=False))
 
 
@@ -213,10 +235,11 @@ def table(units: list[Unit]) -> str:
             rows.append((unit.source, str(unit.architecture), names[f.name][:70], *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     left = (0, 2)
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
+
+    def padded(i: int, cell: str) -> str:
+        return cell.ljust(widths[i]) if i in left else cell.rjust(widths[i])
+
+    return "\n".join("  ".join(padded(i, cell) for i, cell in enumerate(row)) for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, action="append", help="80, 86, ...; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "cuda-check.json")
-    parser.add_argument("--without-nvcc", choices=("fail", "skip"), default="fail", help="what to do without nvcc")
+    parser.add_argument(
+        "--without-nvcc", choices=("fail", "skip"), default="fail", help="what to do without nvcc"
+    )
     args = parser.parse_args(argv)
 
     build = build_settings()
@@ -239,11 +264,16 @@ def main(argv: list[str] | None = None) -> int:
     sources = [path.resolve() for path in args.sources] or build.cuda_source_files(CSRC)
     missing = [str(path) for path in sources if not path.is_file()]
     if missing or not sources:
-        print(f"cuda-check: no such file: {missing[0]}" if missing else "cuda-check: no sources", file=sys.stderr)
+        print(
+            f"cuda-check: no such file: {missing[0]}" if missing else "cuda-check: no sources",
+            file=sys.stderr,
+        )
         return 1
 
     start = time.perf_counter()
-    work = [(source, arch) for source in sources for arch in args.arch or ARCHITECTURES if applies(source, arch)]
+    work = [
+        (source, arch) for source in sources for arch in args.arch or ARCHITECTURES if applies(source, arch)
+    ]
     nvcc, ptxas = (str(Path(home) / "bin" / tool) for tool in ("nvcc", "ptxas"))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         units = list(
@@ -261,7 +291,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in f.failures
     ]
     kernels = sum(f.kernel for u in units for f in u.functions)
-    print(f"\n{kernels} kernels in {len(units)} units, CUDA {version}, {seconds:.0f} s; {len(failures)} failures")
+    print(
+        f"\n{kernels} kernels in {len(units)} units, CUDA {version}, {seconds:.0f} s; {len(failures)} failures"
+    )
     for line in failures:
         print(f"cuda-check: {line}", file=sys.stderr)
     result = {"cuda": version, "flags": build.NVCC_FLAGS, "seconds": round(seconds, 1), "failures": failures}

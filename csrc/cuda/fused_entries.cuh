@@ -23,8 +23,9 @@ void launch_fused(const KernelLaunch& l, cudaStream_t stream) {
     cudaFuncAttributes compiled;
     check(cudaFuncGetAttributes(&compiled, entry), "asking for the fused kernel's attributes");
     if (compiled.ptxVersion < 90 || compiled.ptxVersion >= 110)
-      throw std::runtime_error("the fused kernel was not compiled for this GPU: build with its architecture in "
-                               "TORCH_CUDA_ARCH_LIST");
+      throw std::runtime_error(
+          "the fused kernel was not compiled for this GPU: build with its architecture in "
+          "TORCH_CUDA_ARCH_LIST");
     check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)),
           "asking for the fused kernel's shared memory");
     entry<<<l.blocks, l.threads, l.shared_bytes, stream>>>(*static_cast<const FusedParams*>(l.params));

@@ -72,7 +72,11 @@ class Crop(nn.Module):
 
 def mnist_tensorflow(latent_size: int = 128, width: int = 64) -> nn.Module:
     """The MNIST geometry as the released code's framework aligns it: one pixel of padding, and crops."""
-    layers: list[nn.Module] = [nn.Linear(latent_size, 64 * width), nn.ReLU(), nn.Unflatten(1, (4 * width, 4, 4))]
+    layers: list[nn.Module] = [
+        nn.Linear(latent_size, 64 * width),
+        nn.ReLU(),
+        nn.Unflatten(1, (4 * width, 4, 4)),
+    ]
     for before, after, size in ((4 * width, 2 * width, 7), (2 * width, width, 14), (width, 1, 28)):
         layers += [nn.ConvTranspose2d(before, after, 5, 2, 1), Crop(size), nn.ReLU()]
     return Chain(latent_size, *layers[:-1], nn.Sigmoid())

@@ -15,6 +15,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def gpu_peers(compiled: bool = True) -> list[Peer]:
     ]
     if compiled:
         for mode in ("default", "reduce-overhead"):
-            prepare = _pytorch("float16", "channels_last", lambda network, m=mode: _compiled_step(network, m))
+            prepare = _pytorch("float16", "channels_last", partial(_compiled_step, mode=mode))
             peers.append(Peer(f"torch.compile {mode} channels_last", "float16", prepare))
     return peers
 
