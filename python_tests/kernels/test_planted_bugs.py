@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from defgan_fast import load_generator, lowering, reference
 
+pytestmark = pytest.mark.slow
 CSRC = on_cpu.ROOT / "csrc"
 SWITCH = """
 #pragma once
