@@ -1,10 +1,10 @@
 """The CUDA kernels' own sources, run on the CPU: fused, layered and split against float64 and against each other.
 
-Two references. `reference.py` in float64 is the specification; a 16-bit kernel differs from it mostly by ReLU masks that
-flip where a sum lies within rounding of zero, so its error grows like the root of the precision. A second reference
-computes in float64 too but rounds where the kernels round (weights, stored activations, stored gradients), which leaves
-the order of sums and the few masks that this decides: a much sharper test. The bounds are those found when the
-method was tried in 16 bits on the MNIST generator (gradient of one step, medians over rows).
+Two references. `reference.py` in float64 is the specification; a 16-bit kernel differs from it mostly by ReLU masks
+that flip where a sum lies within rounding of zero, so its error grows like the root of the precision. A second
+reference computes in float64 too but rounds where the kernels round (weights, stored activations, stored gradients),
+which leaves the order of sums and the few masks that this decides: a much sharper test. The bounds are those found
+when the method was tried in 16 bits on the MNIST generator (gradient of one step, medians over rows).
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def paper_case(alignment: str) -> Case:
     """The paper's generator in full width, seeded weights that move, two images and five restarts: 10 rows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        generator = models.Generator(128, 64, [1, 28, 28]) if alignment == "torch" else TensorFlowAligned(128, 64)
+        generator = (
+            models.Generator(128, 64, [1, 28, 28]) if alignment == "torch" else TensorFlowAligned(128, 64)
+        )
         for module in generator.modules():
             if isinstance(module, nn.Linear | nn.ConvTranspose2d):
                 fan_in = module.weight.shape[0] * (25 / 4 if module.weight.dim() == 4 else 1)
@@ -229,7 +231,9 @@ def test_decoding_matches_the_generator(case: Case) -> None:
         expected = decoder_of(twin, case.latent_size)(latents.double())
     assert (images - expected).abs().max() < 2e-5 * max(1.0, expected.abs().max().item())
     assert torch.equal(decode(latents[7:8], shape=plan.image_shape, blocks=1), images[7:8])
-    assert torch.equal(decode(latents, shape=plan.image_shape, max_rows=3, precision="float16", seed=4), images)
+    assert torch.equal(
+        decode(latents, shape=plan.image_shape, max_rows=3, precision="float16", seed=4), images
+    )
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -240,7 +244,11 @@ def test_fused_digits(precision: str) -> None:
     rates = [case.lr] * 2
     whole = run(case, rates, precision, "fused")
     check_errors(case, whole)
-    for mapping, options in (("layered", {}), ("split", {"blocks": 3}), ("fused", {"seed": 7, "max_rows": 11})):
+    for mapping, options in (
+        ("layered", {}),
+        ("split", {"blocks": 3}),
+        ("fused", {"seed": 7, "max_rows": 11}),
+    ):
         other = run(case, rates, precision, mapping, **options)
         assert torch.equal(other.latents, whole.latents), (mapping, options)
         assert torch.equal(other.errors, whole.errors), (mapping, options)
@@ -294,7 +302,9 @@ def test_an_overflowing_row_shows_it_and_disturbs_nobody() -> None:
 
 def test_fused_is_refused_for_other_geometries() -> None:
     case = make_case("linear-a")
-    with pytest.raises(on_cpu.KernelFailure, match="no fused kernel was compiled for this generator's geometry"):
+    with pytest.raises(
+        on_cpu.KernelFailure, match="no fused kernel was compiled for this generator's geometry"
+    ):
         run(case, [case.lr], "float16", "fused")
     digits = shipped_case("digits")
     with pytest.raises(on_cpu.KernelFailure, match="float32 has no fused kernel"):
