@@ -77,6 +77,7 @@ void check_parameters(const Plan& plan, const std::vector<int64_t>& elements);
 Links links_of(const Layer& layer, bool vertical);
 
 // Multiply-adds of one forward pass of one row, border taps counted exactly.
+int64_t multiply_adds(const Layer& layer);
 int64_t multiply_adds(const Plan& plan);
 
 // Useful floating-point operations of one gradient step of one row: forward and data gradient.
