@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 
@@ -160,8 +161,56 @@ void drop_tap_schedule(Gemm& g) {
   g.phases = 1;
 }
 
-// Geometry of one direction: taps per destination, their order, the tap schedule.
-void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backward) {
+int steps_of(const KernelTable& table, int channels) { return table.unit_channels == 32 ? (channels + 1) / 2 : channels; }
+
+// Appends the visits of positions that share matrices.
+void visit(Gemm& g, const std::vector<int>& positions) {
+  std::vector<int> matrices;
+  for (const int p : positions)
+    for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t)
+      matrices.push_back(g.taps[size_t(t)].matrix);
+  std::sort(matrices.begin(), matrices.end());
+  matrices.erase(std::unique(matrices.begin(), matrices.end()), matrices.end());
+
+  const int steps = steps_of(*g.table, g.source_channels), step_bytes = 2 * g.table->lanes * 4;
+  const int most = g.table->weight_block ? std::max(kUnitFloats, g.table->weight_block / step_bytes) : INT_MAX;
+  const int first_place = g.places;
+  std::vector<int> next;  // tap of each position
+  for (const int p : positions) next.push_back(g.tap_begin[size_t(p)]);
+  std::vector<int> latest(positions.size(), -1);  // visit of each position
+  const auto add = [&](size_t place, int taps, int first_step, int count) {
+    const bool first = latest[place] < 0;
+    if (!first) g.visits[size_t(latest[place])].last = false;
+    latest[place] = int(g.visits.size());
+    g.visits.push_back(
+        {positions[place], first_place + int(place), next[place], taps, first_step, count, first, true});
+  };
+  for (size_t m = 0; m < matrices.size();) {
+    size_t end = m + 1;
+    while (end < matrices.size() && int64_t(end + 1 - m) * steps <= most) ++end;
+    // A matrix that is too large by itself is cut along its channels, in whole units.
+    const int pieces = end == m + 1 ? (steps - 1) / most + 1 : 1, units = (steps + kUnitFloats - 1) / kUnitFloats;
+    for (int piece = 0; piece < pieces; ++piece) {
+      const int begin = units * piece / pieces * kUnitFloats;
+      const int stop = std::min(steps, units * (piece + 1) / pieces * kUnitFloats);
+      for (size_t place = 0; place < positions.size(); ++place) {
+        const int last = g.tap_begin[size_t(positions[place]) + 1];
+        int taps = 0;
+        while (next[place] + taps < last && g.taps[size_t(next[place] + taps)].matrix <= matrices[end - 1]) ++taps;
+        if (taps > 0) add(place, taps, begin, stop - begin);
+        if (piece + 1 == pieces) next[place] += taps;
+      }
+    }
+    m = end;
+  }
+  for (size_t place = 0; place < positions.size(); ++place)
+    if (latest[place] < 0) add(place, 0, 0, steps);  // a position that no tap reaches still has its bias
+  g.places += int(positions.size());
+}
+
+// Geometry of one direction: taps per destination, their visits, the tap schedule.
+void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, const Links& xs, bool backward) {
+  g.table = table;
   const Shape& source = backward ? l.out : l.in;
   const Shape& destination = backward ? l.in : l.out;
   g.source_positions = source.positions();
@@ -196,9 +245,12 @@ void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backwa
   const int phase_h = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.h : l.upsample.h);
   const int phase_w = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.w : l.upsample.w);
   for (int py = 0; py < phase_h; ++py)
-    for (int px = 0; px < phase_w; ++px)
+    for (int px = 0; px < phase_w; ++px) {
+      std::vector<int> positions;
       for (int y = py; y < destination.h; y += phase_h)
-        for (int x = px; x < destination.w; x += phase_w) g.order.push_back(y * destination.w + x);
+        for (int x = px; x < destination.w; x += phase_w) positions.push_back(y * destination.w + x);
+      visit(g, positions);
+    }
 
   if (l.kind == Kind::kLinear) return;
   g.vertical = runs_of(ys, backward);
@@ -219,11 +271,10 @@ void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backwa
 
 // weight(matrix, source channel, destination channel)
 template <class Weight>
-void pack_weights(Gemm& g, const KernelTable* table, const Weight& weight) {
-  g.table = table;
-  const bool pairs = table->unit_channels == 32;
-  const int lanes = table->lanes, panel_channels = 2 * lanes;
-  g.steps = pairs ? (g.source_channels + 1) / 2 : g.source_channels;
+void pack_weights(Gemm& g, const Weight& weight) {
+  const bool pairs = g.table->unit_channels == 32;
+  const int lanes = g.table->lanes, panel_channels = 2 * lanes;
+  g.steps = steps_of(*g.table, g.source_channels);
   g.panels = g.destination_channels / panel_channels;
   const int rest = g.destination_channels % panel_channels;
   if (rest > lanes) ++g.panels;
@@ -328,13 +379,13 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
         pixels[size_t(c) * size_t(positions) + size_t(p)].push_back({(c / 16) * positions + p, c % 16});
     if (l.has_matrix()) {
       const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-      link(last.forward, l, ys, xs, false);
-      pack_weights(last.forward, table, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
+      link(last.forward, table, l, ys, xs, false);
+      pack_weights(last.forward, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
       pack_bias(last.forward, bias, per_position ? positions : 1);
-      link(last.backward, l, ys, xs, true);
+      link(last.backward, table, l, ys, xs, true);
       // The image's gradient is in natural order, so only a schedule that reads that will do.
       if (last.backward.phases > 1) drop_tap_schedule(last.backward);
-      pack_weights(last.backward, table, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
+      pack_weights(last.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
     }
   } else {
     // Every input position times every (tap, channel): one tap, all positions at once.
@@ -355,17 +406,18 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
         packed.pixel_bias[size_t(c) * size_t(positions) + size_t(p)] =
             bias[(per_position ? size_t(p) * size_t(l.out.c) : 0) + size_t(c)];
     for (Gemm* g : {&last.forward, &last.backward}) {
+      g->table = table;
       g->source_positions = g->destination_positions = 1;
       g->matrices = 1;
       g->tap_begin = {0, 1};
       g->taps = {{0, 0}};
-      g->order = {0};
     }
     last.forward.source_channels = last.backward.destination_channels = l.in.c;
     last.forward.destination_channels = last.backward.source_channels = columns;
-    pack_weights(last.forward, table,
+    for (Gemm* g : {&last.forward, &last.backward}) visit(*g, {0});
+    pack_weights(last.forward,
                  [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
-    pack_weights(last.backward, table,
+    pack_weights(last.backward,
                  [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
   }
   packed.entry_begin = {0};
@@ -413,13 +465,13 @@ std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Pa
       const Links ys = links_of(l, true), xs = links_of(l, false);
       const Affine affine = affine_of(l, parameters);
       const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-      link(layer.forward, l, ys, xs, false);
-      pack_weights(layer.forward, table, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
+      link(layer.forward, table, l, ys, xs, false);
+      pack_weights(layer.forward, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
       bool per_position = false;
       const std::vector<float> bias = bias_of(l, parameters, affine, &per_position);
       pack_bias(layer.forward, bias, per_position ? l.out.positions() : 1);
-      link(layer.backward, l, ys, xs, true);
-      pack_weights(layer.backward, table, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
+      link(layer.backward, table, l, ys, xs, true);
+      pack_weights(layer.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
     }
     const int phases = layer.backward.phases, width = l.out.w;
     for (int y = 0; y < l.out.h; ++y)

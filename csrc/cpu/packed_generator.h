@@ -35,6 +35,16 @@ struct Run {
   int set, source, destination, count, source_step, destination_step;
 };
 
+// A position's sums over some of its taps and source channels. Where a position needs more weights than the
+// first-level cache holds, they are cut into blocks, each block is used for all positions before the next, and
+// the sums rest in float32 between visits.
+struct Visit {
+  int position, place;  // place: of the position in the order of first visits
+  int first_tap, taps;
+  int first_step, steps;  // dwords of source channels, of every tap
+  bool first, last;       // of the position
+};
+
 // One layer in one direction as a gather-GEMM.
 struct Gemm {
   const KernelTable* table = nullptr;
@@ -43,7 +53,8 @@ struct Gemm {
   int matrices = 0;
   std::vector<int> tap_begin;  // per destination position, and one more
   std::vector<Tap> taps;
-  std::vector<int> order;  // destination positions, those of one phase together, so that a panel stays in cache
+  std::vector<Visit> visits;  // of one panel; positions of one phase together, since they share matrices
+  int places = 0;             // positions that have been given visits
 
   // The tap schedule of a single row; empty where the layer does not suit it.
   std::vector<Run> vertical, horizontal;
