@@ -44,6 +44,8 @@ struct GemmArgs {
   const char* sums;   // what the sums start from: float32 units that kRaw left, or nullptr: the bias
   const float* bias;  // nullptr: zeros
   int64_t sums_unit_stride;
+  const char* ahead;      // weights of the next block, fetched into the second-level cache meanwhile,
+  int64_t ahead_advance;  // this many bytes further with every step
   Activation activation;
   float slope;
 };
@@ -57,6 +59,8 @@ struct TapArgs {
   int64_t unit_stride, destination_unit_stride;
   int steps;
   const char* weights;
+  const char* ahead;  // as in GemmArgs
+  int64_t ahead_advance;
 };
 using TapKernel = void (*)(const TapArgs&);
 

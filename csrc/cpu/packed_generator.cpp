@@ -163,49 +163,74 @@ void drop_tap_schedule(Gemm& g) {
 
 int steps_of(const KernelTable& table, int channels) { return table.unit_channels == 32 ? (channels + 1) / 2 : channels; }
 
-// Appends the visits of positions that share matrices.
-void visit(Gemm& g, const std::vector<int>& positions) {
+// A block of weights and who uses it.
+struct Block {
   std::vector<int> matrices;
-  for (const int p : positions)
-    for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t)
-      matrices.push_back(g.taps[size_t(t)].matrix);
-  std::sort(matrices.begin(), matrices.end());
-  matrices.erase(std::unique(matrices.begin(), matrices.end()), matrices.end());
+  int first_step, steps;  // of each
+  size_t first_visit, end_visit;
+};
 
+// The visits of all positions, which come in groups that share matrices.
+void plan_visits(Gemm& g, const std::vector<std::vector<int>>& groups) {
   const int steps = steps_of(*g.table, g.source_channels), step_bytes = 2 * g.table->lanes * 4;
   const int most = g.table->weight_block ? std::max(kUnitFloats, g.table->weight_block / step_bytes) : INT_MAX;
-  const int first_place = g.places;
-  std::vector<int> next;  // tap of each position
-  for (const int p : positions) next.push_back(g.tap_begin[size_t(p)]);
-  std::vector<int> latest(positions.size(), -1);  // visit of each position
-  const auto add = [&](size_t place, int taps, int first_step, int count) {
-    const bool first = latest[place] < 0;
-    if (!first) g.visits[size_t(latest[place])].last = false;
-    latest[place] = int(g.visits.size());
-    g.visits.push_back(
-        {positions[place], first_place + int(place), next[place], taps, first_step, count, first, true});
-  };
-  for (size_t m = 0; m < matrices.size();) {
-    size_t end = m + 1;
-    while (end < matrices.size() && int64_t(end + 1 - m) * steps <= most) ++end;
-    // A matrix that is too large by itself is cut along its channels, in whole units.
-    const int pieces = end == m + 1 ? (steps - 1) / most + 1 : 1, units = (steps + kUnitFloats - 1) / kUnitFloats;
-    for (int piece = 0; piece < pieces; ++piece) {
-      const int begin = units * piece / pieces * kUnitFloats;
-      const int stop = std::min(steps, units * (piece + 1) / pieces * kUnitFloats);
-      for (size_t place = 0; place < positions.size(); ++place) {
-        const int last = g.tap_begin[size_t(positions[place]) + 1];
-        int taps = 0;
-        while (next[place] + taps < last && g.taps[size_t(next[place] + taps)].matrix <= matrices[end - 1]) ++taps;
-        if (taps > 0) add(place, taps, begin, stop - begin);
-        if (piece + 1 == pieces) next[place] += taps;
+  const int units = (steps + kUnitFloats - 1) / kUnitFloats;
+  const auto tap = [&](int index) { return g.taps[size_t(index)]; };
+  std::vector<Block> blocks;
+  int first_place = 0;
+  for (const std::vector<int>& positions : groups) {
+    std::vector<int> matrices, next, latest(positions.size(), -1);  // tap and visit of each position
+    for (const int p : positions) {
+      next.push_back(g.tap_begin[size_t(p)]);
+      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t) matrices.push_back(tap(t).matrix);
+    }
+    std::sort(matrices.begin(), matrices.end());
+    matrices.erase(std::unique(matrices.begin(), matrices.end()), matrices.end());
+    const auto add = [&](size_t i, int taps, int first_step, int count) {
+      if (latest[i] >= 0) g.visits[size_t(latest[i])].last = false;
+      g.visits.push_back({positions[i], first_place + int(i), next[i], taps, first_step, count, latest[i] < 0, true, 0, 0});
+      latest[i] = int(g.visits.size()) - 1;
+    };
+    for (size_t m = 0, end; m < matrices.size(); m = end) {
+      for (end = m + 1; end < matrices.size() && int64_t(end + 1 - m) * steps <= most;) ++end;
+      // A matrix that is too large by itself is cut along its channels, in whole units.
+      const int pieces = end == m + 1 ? (steps - 1) / most + 1 : 1;
+      for (int piece = 0; piece < pieces; ++piece) {
+        Block block;
+        block.matrices.assign(&matrices[m], &matrices[m] + (end - m));
+        block.first_step = units * piece / pieces * kUnitFloats;
+        block.steps = std::min(steps, units * (piece + 1) / pieces * kUnitFloats) - block.first_step;
+        block.first_visit = g.visits.size();
+        for (size_t i = 0; i < positions.size(); ++i) {
+          int taps = 0;
+          const int rest = g.tap_begin[size_t(positions[i]) + 1] - next[i];
+          while (taps < rest && tap(next[i] + taps).matrix <= matrices[end - 1]) ++taps;
+          if (taps > 0) add(i, taps, block.first_step, block.steps);
+          if (piece + 1 == pieces) next[i] += taps;
+        }
+        block.end_visit = g.visits.size();
+        blocks.push_back(block);
       }
     }
-    m = end;
+    for (size_t i = 0; i < positions.size(); ++i)
+      if (latest[i] < 0) add(i, 0, 0, steps);  // no tap reaches it, but it has a bias
+    first_place += int(positions.size());
   }
-  for (size_t place = 0; place < positions.size(); ++place)
-    if (latest[place] < 0) add(place, 0, 0, steps);  // a position that no tap reaches still has its bias
-  g.places += int(positions.size());
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    const Block &now = blocks[b], &after = blocks[(b + 1) % blocks.size()];
+    const int64_t panel = b + 1 < blocks.size() ? 0 : int64_t(g.matrices) * steps;
+    const auto work = [&](const Visit& v) { return int64_t(v.taps) * v.steps; };
+    int64_t all = 0, done = 0;
+    for (size_t v = now.first_visit; v < now.end_visit; ++v) all += work(g.visits[v]);
+    const int64_t wanted = int64_t(after.matrices.size()) * after.steps;
+    for (size_t v = now.first_visit; v < now.end_visit; ++v) {
+      const int64_t from = wanted * done / all;
+      g.visits[v].ahead_step =
+          panel + int64_t(after.matrices[size_t(from / after.steps)]) * steps + after.first_step + from % after.steps;
+      g.visits[v].ahead_rate = float(double(wanted) / double(all));
+      done += work(g.visits[v]);
+    }
+  }
 }
 
 // Geometry of one direction: taps per destination, their visits, the tap schedule.
@@ -244,13 +269,14 @@ void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, co
 
   const int phase_h = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.h : l.upsample.h);
   const int phase_w = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.w : l.upsample.w);
+  std::vector<std::vector<int>> groups;
   for (int py = 0; py < phase_h; ++py)
     for (int px = 0; px < phase_w; ++px) {
-      std::vector<int> positions;
+      groups.emplace_back();
       for (int y = py; y < destination.h; y += phase_h)
-        for (int x = px; x < destination.w; x += phase_w) positions.push_back(y * destination.w + x);
-      visit(g, positions);
+        for (int x = px; x < destination.w; x += phase_w) groups.back().push_back(y * destination.w + x);
     }
+  plan_visits(g, groups);
 
   if (l.kind == Kind::kLinear) return;
   g.vertical = runs_of(ys, backward);
@@ -414,7 +440,7 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
     }
     last.forward.source_channels = last.backward.destination_channels = l.in.c;
     last.forward.destination_channels = last.backward.source_channels = columns;
-    for (Gemm* g : {&last.forward, &last.backward}) visit(*g, {0});
+    for (Gemm* g : {&last.forward, &last.backward}) plan_visits(*g, {{0}});
     pack_weights(last.forward,
                  [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
     pack_weights(last.backward,

@@ -43,6 +43,10 @@ struct Visit {
   int first_tap, taps;
   int first_step, steps;  // dwords of source channels, of every tap
   bool first, last;       // of the position
+  // Meanwhile this visit's share of the next block's weights is fetched: from this step of the panel on (counted
+  // through all matrices and on into the next panel), so many steps for each of its own.
+  int64_t ahead_step;
+  float ahead_rate;
 };
 
 // One layer in one direction as a gather-GEMM.
@@ -54,7 +58,6 @@ struct Gemm {
   std::vector<int> tap_begin;  // per destination position, and one more
   std::vector<Tap> taps;
   std::vector<Visit> visits;  // of one panel; positions of one phase together, since they share matrices
-  int places = 0;             // positions that have been given visits
 
   // The tap schedule of a single row; empty where the layer does not suit it.
   std::vector<Run> vertical, horizontal;

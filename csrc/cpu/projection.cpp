@@ -473,6 +473,8 @@ class Block {
         args.steps = visit.steps;
         args.weights = g.panel(panel) + visit.first_step * step_stride;
         args.bias = g.bias.empty() ? nullptr : g.bias.data() + visit.position * g.bias_position_stride + channel;
+        args.ahead = g.panel(panel) + visit.ahead_step * step_stride;
+        args.ahead_advance = int64_t(visit.ahead_rate * float(step_stride));
         const char* const from = source + visit.first_step / kUnitFloats * args.unit_stride;
         for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
           const int r0 = int(int64_t(rows) * tile / tiles), r1 = int(int64_t(rows) * (tile + 1) / tiles);
@@ -533,6 +535,10 @@ class Block {
           args.weights =
               g.panel(panel) + (v.set * g.horizontal_sets + h.set) * (tail ? g.tail_matrix_stride : g.matrix_stride);
           args.destination_step = int64_t(h.destination_step) * kUnitBytes;
+          // The next matrix is fetched while this one is used, which takes about so many tiles.
+          const int64_t tiles = int64_t(h.count) * (last - first) / most + 1;
+          args.ahead = args.weights + (tail ? g.tail_matrix_stride : g.matrix_stride);
+          args.ahead_advance = (tail ? 1 : 2) * table.lanes * 4 / tiles;
           const int pieces = (h.count + most - 1) / most;
           const int phase_start = phase_position(h.source, g.phases, g.source_width);
           for (int piece = 0; piece < pieces; ++piece) {
@@ -548,6 +554,7 @@ class Block {
                     destination + (int64_t(dy) * width + h.destination + x0 * h.destination_step) * kUnitBytes;
               }
               table.tap[tail ? 0 : 1][s1 - s0][x1 - x0](args);
+              args.ahead += args.ahead_advance * args.steps;
             }
           }
         }
