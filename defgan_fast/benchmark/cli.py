@@ -69,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
         earlier=earlier,
         save=save,
     )
-    if save is not None:
-        save(result)
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print(table(result))

@@ -138,7 +138,7 @@ def measure(
         steps: of the kernels, up to 100 rows; a twentieth of it beyond.
         compiled: whether `torch.compile` takes part, which compiles for some ten seconds a case.
         earlier: the result of a call that was interrupted; its cases are not measured again.
-        save: called with the result so far after every case.
+        save: called with the result so far after every case, and with the whole.
 
     Returns:
         `environment`, `generator`, `flop_per_row_and_step`, `limits`, `other_load` (cores taken by others,
@@ -188,6 +188,8 @@ def measure(
         if save is not None:
             save(result)
     result["complete"] = True
+    if save is not None:
+        save(result)
     return result
 
 
@@ -260,7 +262,7 @@ def _time_in_turns(
             n = steps if work.rows <= MANY_ROWS else max(1, steps // 20)
         else:
             n = _affordable_steps(run, seconds, steps, 4 if work.rows <= MANY_ROWS else 1)
-        run(1)
+        run(n)
         timings.append(_Timing(peer, run, n, []))
     for _ in range(repetitions):
         for timing in timings:
@@ -271,7 +273,8 @@ def _time_in_turns(
 
 
 def _affordable_steps(run: peers.Run, seconds: float, most: int, least: int) -> int:
-    """How many steps take about `seconds`; what had to be compiled has been by now."""
+    """How many steps take about `seconds`."""
+    run(least)  # a peer may compile once more for another number of steps
     start = time.perf_counter()
     run(least)
     per_step = (time.perf_counter() - start) / least
