@@ -161,7 +161,9 @@ def test_other_conditions_are_not_continued(measurement):
 
 
 @pytest.mark.parametrize(("complete", "continued"), [(False, True), (True, False)])
-def test_only_an_unfinished_file_is_continued(complete, continued, measurement, tmp_path, monkeypatch, capsys):
+def test_only_an_unfinished_file_is_continued(
+    complete, continued, measurement, tmp_path, monkeypatch, capsys
+):
     file = tmp_path / "bench.json"
     file.write_text(json.dumps(measurement | {"complete": complete}))
     given = []

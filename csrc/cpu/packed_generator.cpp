@@ -161,7 +161,9 @@ void drop_tap_schedule(Gemm& g) {
   g.phases = 1;
 }
 
-int steps_of(const KernelTable& table, int channels) { return table.unit_channels == 32 ? (channels + 1) / 2 : channels; }
+int steps_of(const KernelTable& table, int channels) {
+  return table.unit_channels == 32 ? (channels + 1) / 2 : channels;
+}
 
 // A block of weights and who uses it.
 struct Block {
@@ -188,7 +190,8 @@ void plan_visits(Gemm& g, const std::vector<std::vector<int>>& groups) {
     matrices.erase(std::unique(matrices.begin(), matrices.end()), matrices.end());
     const auto add = [&](size_t i, int taps, int first_step, int count) {
       if (latest[i] >= 0) g.visits[size_t(latest[i])].last = false;
-      g.visits.push_back({positions[i], first_place + int(i), next[i], taps, first_step, count, latest[i] < 0, true, 0, 0});
+      g.visits.push_back(
+          {positions[i], first_place + int(i), next[i], taps, first_step, count, latest[i] < 0, true, 0, 0});
       latest[i] = int(g.visits.size()) - 1;
     };
     for (size_t m = 0, end; m < matrices.size(); m = end) {
@@ -441,10 +444,8 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
     last.forward.source_channels = last.backward.destination_channels = l.in.c;
     last.forward.destination_channels = last.backward.source_channels = columns;
     for (Gemm* g : {&last.forward, &last.backward}) plan_visits(*g, {{0}});
-    pack_weights(last.forward,
-                 [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
-    pack_weights(last.backward,
-                 [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
+    pack_weights(last.forward, [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
+    pack_weights(last.backward, [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
   }
   packed.entry_begin = {0};
   for (const auto& list : pixels) {

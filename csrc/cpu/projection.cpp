@@ -30,8 +30,7 @@ int64_t buffer_bytes(const Shape& shape, int rows) {  // float32 units; bfloat16
 // Sums of any one layer in either direction, on their way.
 int64_t scratch_bytes(const PackedGenerator& g, int rows) {
   int64_t most = int64_t(g.image_places) * g.image_units * rows * kUnitBytes;
-  for (const Layer& l : g.plan.layers)
-    most = std::max({most, buffer_bytes(l.in, rows), buffer_bytes(l.out, rows)});
+  for (const Layer& l : g.plan.layers) most = std::max({most, buffer_bytes(l.in, rows), buffer_bytes(l.out, rows)});
   return most;
 }
 

@@ -33,8 +33,8 @@ std::vector<std::vector<float>> random_weights(const Plan& plan) {
     const bool linear = l.kind == Kind::kLinear;
     if (l.has_matrix()) {
       const double products = double(multiply_adds(l)) / double(l.out.elements());  // of one output element
-      const int64_t weights = linear ? l.in.elements() * l.out.elements()
-                                     : int64_t(l.kernel.h) * l.kernel.w * l.in.c * l.out.c;
+      const int64_t weights =
+          linear ? l.in.elements() * l.out.elements() : int64_t(l.kernel.h) * l.kernel.w * l.in.c * l.out.c;
       set(l.weight, weights, 0, float(std::sqrt(2 / products)));
       set(l.bias, linear ? l.out.elements() : l.out.c, 0, 0.1f);
     }
