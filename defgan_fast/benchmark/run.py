@@ -161,13 +161,14 @@ def measure(
         "complete": False,
         "rows": [],
     }
-    if earlier is None:
-        with OtherLoad() as load:
-            result["limits"] = machine_limits(threads)
-        result["other_load"] = load.cores
-    else:
+    if earlier is not None:
         _check_continues(earlier, result, threads)
-        result = {**earlier, "complete": False}
+        result = copy.deepcopy(earlier) | {"complete": False}
+    missing = dict.fromkeys(case.precision for case in cases if case.precision not in result["limits"])
+    if missing:
+        with OtherLoad() as load:
+            result["limits"].update(machine_limits(threads, missing))
+        result["other_load"] = _most(result["other_load"], load.cores)
     if _extension.module() is None:
         result["skipped"]["defgan_fast"] = _extension.status()["reason"]
     measured = {Case(row["images"], row["restarts"], row["precision"]) for row in result["rows"]}
@@ -183,8 +184,7 @@ def measure(
             timings = _time_in_turns(candidates, work, repetitions, seconds, steps, result["skipped"])
         result["rows"] += _rows(case, timings, flop * case.images * case.restarts, threads)
         _raise_peak(result, case.precision, probe(case.precision, threads))
-        known = [cores for cores in (result["other_load"], load.cores) if cores is not None]
-        result["other_load"] = max(known, default=None)
+        result["other_load"] = _most(result["other_load"], load.cores)
         if save is not None:
             save(result)
     result["complete"] = True
@@ -212,10 +212,14 @@ def _check_continues(earlier: dict[str, Any], now: dict[str, Any], threads: int)
 def _raise_peak(result: dict[str, Any], precision: str, peak: float | None) -> None:
     """Clocks change within minutes: the peak is the best that was seen at any time, and all shares follow it."""
     limits = result["limits"][precision]
-    limits["probe"] = max(filter(None, (peak, limits["probe"])), default=None)
+    limits["probe"] = _most(peak, limits["probe"])
     for row in result["rows"]:
         if row["precision"] == precision and limits["probe"]:
             row["share_of_peak"] = row["gflops_useful"] / limits["probe"]
+
+
+def _most(a: float | None, b: float | None) -> float | None:
+    return max((value for value in (a, b) if value is not None), default=None)
 
 
 def _portable(found: dict[str, Any]) -> dict[str, Any]:
