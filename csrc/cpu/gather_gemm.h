@@ -6,7 +6,7 @@
 // in list order, channels ascending, one fused multiply-add each), so a result's bits do not depend on the
 // tile's shape, on which thread computes it, or on which of the two schedules does.
 //
-// kFetchesAhead of a vector type: whether weights are fetched into the second-level cache a block ahead.
+// kFetchesAhead of a vector type: whether the weights that come next are fetched into the second-level cache.
 //
 // Storage S provides: V (vector type with load, store, broadcast, zero, fma, ...), kChannels (of a unit),
 // mac(acc, dword, weights), load(const char*) and store(char*, v) of V::kLanes channels.
@@ -40,15 +40,9 @@ void gemm_kernel(const GemmArgs& g) {
   typename V::T acc[M][NR];
   DEFGAN_UNROLL(16)
   for (int n = 0; n < NR; ++n) {
-    if (g.sums) {
-      const char* const sums = g.sums + vector_offset<V, kUnitFloats>(n, g.sums_unit_stride);
-      DEFGAN_UNROLL(16)
-      for (int m = 0; m < M; ++m) acc[m][n] = V::load(reinterpret_cast<const float*>(sums + m * kUnitBytes));
-    } else {
-      const typename V::T start = g.bias ? V::load(g.bias + n * V::kLanes) : V::zero();
-      DEFGAN_UNROLL(16)
-      for (int m = 0; m < M; ++m) acc[m][n] = start;
-    }
+    const typename V::T start = g.bias ? V::load(g.bias + n * V::kLanes) : V::zero();
+    DEFGAN_UNROLL(16)
+    for (int m = 0; m < M; ++m) acc[m][n] = start;
   }
   constexpr int kPanelVectors = NR == 1 ? 1 : 2;
   constexpr int kStepBytes = kPanelVectors * V::kLanes * 4;
@@ -157,7 +151,7 @@ void tap_kernel(const TapArgs& g) {
 }
 
 // Fills a table with every tile that fits the register file: kRows rows of one panel, and so on.
-template <class S, int kRows1, int kRows2, int kRows4, int kWeightBlock>
+template <class S, int kRows1, int kRows2, int kRows4>
 struct Tiles {
   template <int kGroup, int NR, int M>
   static void rows(KernelTable& table) {
@@ -181,7 +175,6 @@ struct Tiles {
   static void fill(KernelTable& table) {
     table.lanes = S::V::kLanes;
     table.unit_channels = S::kChannels;
-    table.weight_block = kWeightBlock;
     table.max_rows[0] = table.max_rows[1] = kRows1;
     table.max_rows[2] = kRows2;
     table.max_rows[3] = kRows4;

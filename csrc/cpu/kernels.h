@@ -30,7 +30,7 @@ struct Tap {
 enum class Epilogue { kRaw, kActivate, kGradient };
 constexpr int kEpilogues = 3;
 
-// destination[row][channels] = epilogue(start + sum over taps of source[tap.source][row][:] * weights[tap.matrix])
+// destination[row][channels] = epilogue(bias + sum over taps of source[tap.source][row][:] * weights[tap.matrix])
 struct GemmArgs {
   const char* source;
   int64_t position_stride, unit_stride;  // bytes
@@ -41,10 +41,8 @@ struct GemmArgs {
   int64_t matrix_stride, panel_stride;  // bytes
   char* destination;                    // kRaw: float32 units; else units of the storage type
   int64_t destination_unit_stride;
-  const char* sums;   // what the sums start from: float32 units that kRaw left, or nullptr: the bias
-  const float* bias;  // nullptr: zeros
-  int64_t sums_unit_stride;
-  const char* ahead;      // weights of the next block, fetched into the second-level cache meanwhile,
+  const float* bias;      // nullptr: zeros
+  const char* ahead;      // weights that come next, fetched into the second-level cache meanwhile,
   int64_t ahead_advance;  // this many bytes further with every step
   Activation activation;
   float slope;
@@ -67,7 +65,6 @@ using TapKernel = void (*)(const TapArgs&);
 struct KernelTable {
   const char* name;
   int lanes;              // dwords of one vector; a panel is two of them
-  int weight_block;       // bytes of a panel that stay in the first-level cache over many tiles; 0: no need
   int unit_channels;      // 16 or 32
   int max_rows[kGroups];  // of a tile with that many panels
   GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];

@@ -75,15 +75,12 @@ struct Vector {
 KernelTable float32, bfloat16;
 ImageKernels image;
 
-// A panel of 256 channels; half of a first-level cache of 32 KB.
-constexpr int kWeightBlock = 16 << 10;
-
 InstructionSet make() {
   float32.name = bfloat16.name = "baseline";
   // 16 registers: 6 x 2 accumulators, two weights, one broadcast.
-  Tiles<Float32<Vector>, 6, 2, 1, kWeightBlock>::fill(float32);
+  Tiles<Float32<Vector>, 6, 2, 1>::fill(float32);
   Elementwise<Float32<Vector>>::fill(float32);
-  Tiles<Bfloat16<Vector>, 4, 1, 1, kWeightBlock>::fill(bfloat16);
+  Tiles<Bfloat16<Vector>, 4, 1, 1>::fill(bfloat16);
   Elementwise<Bfloat16<Vector>>::fill(bfloat16);
   Image<Vector>::fill(image);
   return {"baseline", &float32, &bfloat16, &image};

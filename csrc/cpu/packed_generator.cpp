@@ -5,9 +5,9 @@
 #endif
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <cstring>
+#include <set>
 
 namespace defgan::cpu {
 
@@ -155,96 +155,57 @@ std::vector<Run> runs_of(const Links& links, bool backward) {
   return runs;
 }
 
+void set_channels(Gemm& g, const KernelTable* table, int source, int destination) {
+  g.table = table;
+  g.source_channels = source;
+  g.destination_channels = destination;
+  g.steps = table->unit_channels == 32 ? (source + 1) / 2 : source;
+}
+
 void drop_tap_schedule(Gemm& g) {
   g.vertical.clear();
   g.horizontal.clear();
   g.phases = 1;
 }
 
-int steps_of(const KernelTable& table, int channels) {
-  return table.unit_channels == 32 ? (channels + 1) / 2 : channels;
-}
-
-// A block of weights and who uses it.
-struct Block {
-  std::vector<int> matrices;
-  int first_step, steps;  // of each
-  size_t first_visit, end_visit;
-};
-
-// The visits of all positions, which come in groups that share matrices.
-void plan_visits(Gemm& g, const std::vector<std::vector<int>>& groups) {
-  const int steps = steps_of(*g.table, g.source_channels), step_bytes = 2 * g.table->lanes * 4;
-  const int most = g.table->weight_block ? std::max(kUnitFloats, g.table->weight_block / step_bytes) : INT_MAX;
-  const int units = (steps + kUnitFloats - 1) / kUnitFloats;
-  const auto tap = [&](int index) { return g.taps[size_t(index)]; };
-  std::vector<Block> blocks;
-  int first_place = 0;
-  for (const std::vector<int>& positions : groups) {
-    std::vector<int> matrices, next, latest(positions.size(), -1);  // tap and visit of each position
-    for (const int p : positions) {
-      next.push_back(g.tap_begin[size_t(p)]);
-      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t) matrices.push_back(tap(t).matrix);
-    }
-    std::sort(matrices.begin(), matrices.end());
-    matrices.erase(std::unique(matrices.begin(), matrices.end()), matrices.end());
-    const auto add = [&](size_t i, int taps, int first_step, int count) {
-      if (latest[i] >= 0) g.visits[size_t(latest[i])].last = false;
-      g.visits.push_back(
-          {positions[i], first_place + int(i), next[i], taps, first_step, count, latest[i] < 0, true, 0, 0});
-      latest[i] = int(g.visits.size()) - 1;
-    };
-    for (size_t m = 0, end; m < matrices.size(); m = end) {
-      for (end = m + 1; end < matrices.size() && int64_t(end + 1 - m) * steps <= most;) ++end;
-      // A matrix that is too large by itself is cut along its channels, in whole units.
-      const int pieces = end == m + 1 ? (steps - 1) / most + 1 : 1;
-      for (int piece = 0; piece < pieces; ++piece) {
-        Block block;
-        block.matrices.assign(&matrices[m], &matrices[m] + (end - m));
-        block.first_step = units * piece / pieces * kUnitFloats;
-        block.steps = std::min(steps, units * (piece + 1) / pieces * kUnitFloats) - block.first_step;
-        block.first_visit = g.visits.size();
-        for (size_t i = 0; i < positions.size(); ++i) {
-          int taps = 0;
-          const int rest = g.tap_begin[size_t(positions[i]) + 1] - next[i];
-          while (taps < rest && tap(next[i] + taps).matrix <= matrices[end - 1]) ++taps;
-          if (taps > 0) add(i, taps, block.first_step, block.steps);
-          if (piece + 1 == pieces) next[i] += taps;
-        }
-        block.end_visit = g.visits.size();
-        blocks.push_back(block);
-      }
-    }
-    for (size_t i = 0; i < positions.size(); ++i)
-      if (latest[i] < 0) add(i, 0, 0, steps);  // no tap reaches it, but it has a bias
-    first_place += int(positions.size());
+// Orders positions phase by phase. While one phase is computed the next one's matrices are fetched, or after the last
+// phase those that the next panel begins with; a position's share of them is its share of the phase's taps.
+void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
+  std::vector<std::vector<int>> matrices;  // of each phase
+  for (const std::vector<int>& positions : phases) {
+    std::set<int> used;
+    for (const int p : positions)
+      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t) used.insert(g.taps[size_t(t)].matrix);
+    matrices.emplace_back(used.begin(), used.end());
   }
-  for (size_t b = 0; b < blocks.size(); ++b) {
-    const Block &now = blocks[b], &after = blocks[(b + 1) % blocks.size()];
-    const int64_t panel = b + 1 < blocks.size() ? 0 : int64_t(g.matrices) * steps;
-    const auto work = [&](const Visit& v) { return int64_t(v.taps) * v.steps; };
+  for (size_t phase = 0; phase < phases.size(); ++phase) {
+    const bool last = phase + 1 == phases.size();
+    const std::vector<int>& next = matrices[last ? 0 : phase + 1];
+    const int64_t wanted = int64_t(next.size()) * g.steps;
     int64_t all = 0, done = 0;
-    for (size_t v = now.first_visit; v < now.end_visit; ++v) all += work(g.visits[v]);
-    const int64_t wanted = int64_t(after.matrices.size()) * after.steps;
-    for (size_t v = now.first_visit; v < now.end_visit; ++v) {
-      const int64_t from = wanted * done / all;
-      g.visits[v].ahead_step =
-          panel + int64_t(after.matrices[size_t(from / after.steps)]) * steps + after.first_step + from % after.steps;
-      g.visits[v].ahead_rate = float(double(wanted) / double(all));
-      done += work(g.visits[v]);
+    for (const int p : phases[phase]) all += g.tap_begin[size_t(p) + 1] - g.tap_begin[size_t(p)];
+    for (const int p : phases[phase]) {
+      const int taps = g.tap_begin[size_t(p) + 1] - g.tap_begin[size_t(p)];
+      Place place{p, 0, 0};
+      if (taps > 0 && wanted > 0) {
+        const int64_t from = wanted * done / all;
+        const int matrix = next[size_t(from / g.steps)] + (last ? g.matrices : 0);
+        place.ahead_step = int64_t(matrix) * g.steps + from % g.steps;
+        place.ahead_rate = float(next.size()) / float(all);
+      }
+      g.order.push_back(place);
+      done += taps;
     }
   }
 }
 
-// Geometry of one direction: taps per destination, their visits, the tap schedule.
+// Geometry of one direction: taps per destination, their order, the tap schedule.
 void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, const Links& xs, bool backward) {
-  g.table = table;
   const Shape& source = backward ? l.out : l.in;
   const Shape& destination = backward ? l.in : l.out;
   g.source_positions = source.positions();
   g.destination_positions = destination.positions();
-  g.source_channels = source.c;
-  g.destination_channels = destination.c;
+  set_channels(g, table, source.c, destination.c);
   g.matrices = int(ys.sets.size() * xs.sets.size());
   g.horizontal_sets = int(xs.sets.size());
   g.source_width = source.w;
@@ -272,14 +233,14 @@ void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, co
 
   const int phase_h = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.h : l.upsample.h);
   const int phase_w = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.w : l.upsample.w);
-  std::vector<std::vector<int>> groups;
+  std::vector<std::vector<int>> phases;
   for (int py = 0; py < phase_h; ++py)
     for (int px = 0; px < phase_w; ++px) {
-      groups.emplace_back();
+      phases.emplace_back();
       for (int y = py; y < destination.h; y += phase_h)
-        for (int x = px; x < destination.w; x += phase_w) groups.back().push_back(y * destination.w + x);
+        for (int x = px; x < destination.w; x += phase_w) phases.back().push_back(y * destination.w + x);
     }
-  plan_visits(g, groups);
+  order_places(g, phases);
 
   if (l.kind == Kind::kLinear) return;
   g.vertical = runs_of(ys, backward);
@@ -303,7 +264,6 @@ template <class Weight>
 void pack_weights(Gemm& g, const Weight& weight) {
   const bool pairs = g.table->unit_channels == 32;
   const int lanes = g.table->lanes, panel_channels = 2 * lanes;
-  g.steps = steps_of(*g.table, g.source_channels);
   g.panels = g.destination_channels / panel_channels;
   const int rest = g.destination_channels % panel_channels;
   if (rest > lanes) ++g.panels;
@@ -435,15 +395,14 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
         packed.pixel_bias[size_t(c) * size_t(positions) + size_t(p)] =
             bias[(per_position ? size_t(p) * size_t(l.out.c) : 0) + size_t(c)];
     for (Gemm* g : {&last.forward, &last.backward}) {
-      g->table = table;
       g->source_positions = g->destination_positions = 1;
       g->matrices = 1;
       g->tap_begin = {0, 1};
       g->taps = {{0, 0}};
     }
-    last.forward.source_channels = last.backward.destination_channels = l.in.c;
-    last.forward.destination_channels = last.backward.source_channels = columns;
-    for (Gemm* g : {&last.forward, &last.backward}) plan_visits(*g, {{0}});
+    set_channels(last.forward, table, l.in.c, columns);
+    set_channels(last.backward, table, columns, l.in.c);
+    for (Gemm* g : {&last.forward, &last.backward}) order_places(*g, {{0}});
     pack_weights(last.forward, [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
     pack_weights(last.backward, [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
   }

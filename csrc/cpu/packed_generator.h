@@ -35,16 +35,11 @@ struct Run {
   int set, source, destination, count, source_step, destination_step;
 };
 
-// A position's sums over some of its taps and source channels. Where a position needs more weights than the
-// first-level cache holds, they are cut into blocks, each block is used for all positions before the next, and
-// the sums rest in float32 between visits.
-struct Visit {
-  int position, place;  // place: of the position in the order of first visits
-  int first_tap, taps;
-  int first_step, steps;  // dwords of source channels, of every tap
-  bool first, last;       // of the position
-  // Meanwhile this visit's share of the next block's weights is fetched: from this step of the panel on (counted
-  // through all matrices and on into the next panel), so many steps for each of its own.
+// A destination position in the order in which a panel computes them. Meanwhile its share of the weights that come
+// next is fetched: from this step of the panel on (counted through all matrices and on into the next panel), so many
+// steps for each of its own.
+struct Place {
+  int position;
   int64_t ahead_step;
   float ahead_rate;
 };
@@ -57,7 +52,7 @@ struct Gemm {
   int matrices = 0;
   std::vector<int> tap_begin;  // per destination position, and one more
   std::vector<Tap> taps;
-  std::vector<Visit> visits;  // of one panel; positions of one phase together, since they share matrices
+  std::vector<Place> order;  // those of one phase together, which share matrices, so that these stay in cache
 
   // The tap schedule of a single row; empty where the layer does not suit it.
   std::vector<Run> vertical, horizontal;

@@ -27,13 +27,6 @@ int64_t buffer_bytes(const Shape& shape, int rows) {  // float32 units; bfloat16
   return units_of(shape.c, kUnitFloats) * shape.positions() * rows * kUnitBytes;
 }
 
-// Sums of any one layer in either direction, on their way.
-int64_t scratch_bytes(const PackedGenerator& g, int rows) {
-  int64_t most = int64_t(g.image_places) * g.image_units * rows * kUnitBytes;
-  for (const Layer& l : g.plan.layers) most = std::max({most, buffer_bytes(l.in, rows), buffer_bytes(l.out, rows)});
-  return most;
-}
-
 // One block's buffers; row counts vary, the capacity does not.
 struct Workspace {
   int capacity, rows = 0;
@@ -55,12 +48,15 @@ struct Workspace {
     columns = Buffer(size_t(places) * units * capacity * kUnitBytes);
     image_gradient = Buffer(size_t(places) * units * capacity * kUnitBytes);
     if (g.exact) wide = Buffer(size_t(buffer_bytes(plan.layers.back().in, capacity)));
+    int64_t scratch_bytes = 0;
     for (size_t n = 0; n + 1 < plan.layers.size(); ++n) {
       const Layer& l = plan.layers[n];
       stored.emplace_back(size_t(buffer_bytes(l.out, capacity)));
       delta.emplace_back(size_t(buffer_bytes(l.out, 1)));
+      const bool transcendental = l.activation == Activation::kSigmoid || l.activation == Activation::kTanh;
+      scratch_bytes = std::max(scratch_bytes, buffer_bytes(l.out, transcendental ? capacity : 1));
     }
-    scratch = Buffer(size_t(scratch_bytes(g, capacity)));
+    scratch = Buffer(size_t(scratch_bytes));
   }
 
   // Padding channels are never written, and may be read against weights of zero: they must not hold what
@@ -80,7 +76,6 @@ int64_t workspace_bytes(const PackedGenerator& g, int rows) {
   int64_t total = 4 * buffer_bytes({plan.latent_size(), 1, 1}, rows) + int64_t(3) * g.pixel_stride() * rows * 4;
   total += int64_t(2) * g.image_places * g.image_units * rows * kUnitBytes;
   for (const Layer& l : plan.layers) total += buffer_bytes(l.out, rows);
-  total += scratch_bytes(g, rows);
   return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
 }
 
@@ -436,7 +431,8 @@ class Block {
     GemmArgs args{};
     args.unit_stride = int64_t(g.source_positions) * rows * kUnitBytes;
     args.position_stride = int64_t(rows) * kUnitBytes;
-    args.destination_unit_stride = args.sums_unit_stride = int64_t(g.destination_positions) * rows * kUnitBytes;
+    args.destination_unit_stride = int64_t(g.destination_positions) * rows * kUnitBytes;
+    args.steps = g.steps;
     args.panel_stride = g.panel_stride;
     args.activation = finish.activation;
     args.slope = finish.slope;
@@ -455,40 +451,38 @@ class Block {
       const int tiles = (rows + table.max_rows[group] - 1) / table.max_rows[group];
       const int channel = panel * panel_channels;
       args.matrix_stride = group == 0 ? g.tail_matrix_stride : g.matrix_stride;
+      args.weights = g.panel(panel);
       const int64_t step_stride = (group == 0 ? 1 : 2) * table.lanes * 4;
-      const int64_t sums_offset =
-          (channel / kUnitFloats) * args.sums_unit_stride + (channel % kUnitFloats) * (kUnitBytes / kUnitFloats);
       const int64_t offset = (channel / unit_channels) * args.destination_unit_stride +
                              (channel % unit_channels) * (kUnitBytes / unit_channels);
-      // A position belongs to one thread; with a single one (flattened or fully connected) its tiles are shared.
-      const bool split_tiles = g.destination_positions == 1 && tiles > 1;
-      int64_t tile_begin = 0, tile_end = tiles;
-      if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
-      for (const Visit& visit : g.visits) {
-        const int64_t at = item + int64_t(visit.place) * vectors;
-        if (!split_tiles && (at < begin || at >= end)) continue;
-        args.taps = g.taps.data() + visit.first_tap;
-        args.tap_count = visit.taps;
-        args.steps = visit.steps;
-        args.weights = g.panel(panel) + visit.first_step * step_stride;
-        args.bias = g.bias.empty() ? nullptr : g.bias.data() + visit.position * g.bias_position_stride + channel;
-        args.ahead = g.panel(panel) + visit.ahead_step * step_stride;
-        args.ahead_advance = int64_t(visit.ahead_rate * float(step_stride));
-        const char* const from = source + visit.first_step / kUnitFloats * args.unit_stride;
+      for (int i = 0; i < g.destination_positions; ++i) {
+        // A position belongs to one thread; with a single one (flattened or fully connected) its tiles are shared.
+        const bool split_tiles = g.destination_positions == 1 && tiles > 1;
+        if (!split_tiles) {
+          const int64_t at = item;
+          item += vectors;
+          if (at < begin || at >= end) continue;
+        }
+        const Place& place = g.order[size_t(i)];
+        const int position = place.position;
+        const int first_tap = g.tap_begin[size_t(position)];
+        args.taps = g.taps.data() + first_tap;
+        args.tap_count = g.tap_begin[size_t(position) + 1] - first_tap;
+        args.bias = g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
+        args.ahead = args.weights + place.ahead_step * step_stride;
+        args.ahead_advance = int64_t(place.ahead_rate * float(step_stride));
+        int64_t tile_begin = 0, tile_end = tiles;
+        if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
         for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
           const int r0 = int(int64_t(rows) * tile / tiles), r1 = int(int64_t(rows) * (tile + 1) / tiles);
-          const int64_t place = int64_t(visit.position) * rows + r0;
-          char* const sums = w_.scratch.data() + sums_offset + place * kUnitBytes;
-          args.source = from + int64_t(r0) * kUnitBytes;
-          args.sums = visit.first ? nullptr : sums;
-          args.destination = visit.last ? destination + offset + place * kUnitBytes : sums;
-          table.gemm[int(visit.last ? epilogue : Epilogue::kRaw)][group][r1 - r0](args);
-          if (visit.last && finish.what != Finish::kNothing)
-            finish(reinterpret_cast<const float*>(destination), channel, channel + vectors * table.lanes, place,
-                   int64_t(visit.position) * rows + r1);
+          args.source = source + int64_t(r0) * kUnitBytes;
+          args.destination = destination + offset + (int64_t(position) * rows + r0) * kUnitBytes;
+          table.gemm[int(epilogue)][group][r1 - r0](args);
+          if (finish.what != Finish::kNothing)
+            finish(reinterpret_cast<const float*>(destination), channel, channel + vectors * table.lanes,
+                   int64_t(position) * rows + r0, int64_t(position) * rows + r1);
         }
       }
-      item += int64_t(vectors) * g.destination_positions;
       panel += group == 0 ? 1 : kGroupPanels[group];
     }
   }
