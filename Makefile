@@ -6,7 +6,9 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.14.1
 PRESETS ?= release asan ubsan tsan
+DATASETS ?= digits mnist fashion_mnist
 ARGS ?=
 
 VENV := .venv
@@ -20,11 +22,13 @@ TORCH_STAMP := $(VENV)/.torch-$(KEY)
 INSTALLED := $(VENV)/.installed-$(KEY)
 BUILT := $(VENV)/.built-$(KEY)
 TOOLS := $(VENV)/.tools-$(KEY)
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*.,cpp h cu cuh)))
+CUDA_VENV := .venv-cuda
+CUDA_STAMP := $(CUDA_VENV)/.torch-$(shell printf '%s' '$(CUDA_TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 CMAKE = $(shell command -v cmake || echo $(BIN)/cmake)
 CTEST = $(shell command -v ctest || echo $(BIN)/ctest)
 
-.PHONY: help install demo test lint format weights bench cpp-test clean distclean
+.PHONY: help install demo test lint format weights bench cpp-test cuda-check cuda-build clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -41,15 +45,17 @@ lint: $(TOOLS) $(BUILT) ## ruff, mypy and clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(TOOLS) ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
+	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-weights: $(BUILT) ## train the shipped networks anew (hours), measure them, and put them in the package
-	$(PY) -m defgan_fast train weights --dataset digits --out defgan_fast/weights $(ARGS)
+weights: $(BUILT) ## train the shipped networks anew (hours), measure and pack them; DATASETS="mnist" for one
+	for dataset in $(DATASETS); do \
+	  $(PY) -m defgan_fast train weights --dataset $$dataset --out defgan_fast/weights $(ARGS) || exit 1; \
+	done
 
 bench: $(BUILT) $(TOOLS) ## measure the kernels against their peers (minutes; on a quiet machine)
 	$(PY) -m defgan_fast bench $(ARGS)
@@ -62,13 +68,25 @@ cpp-test: $(TOOLS) ## the kernels' C++ tests, plain and under three sanitizers; 
 	  $(CTEST) --preset $$preset $(ARGS) || exit 1; \
 	done
 
+cuda-check: ## compile the CUDA kernels for every architecture and judge registers and spills; nvcc, no GPU
+	$(PYTHON) tools/cuda_check.py $(ARGS)
+
+# Not editable: its module would take the place of the one in .venv. pytest, unlike python -m pytest, imports the
+# installed package and not the checkout.
+cuda-build: $(CUDA_STAMP) ## build and import the extension against a CUDA torch in .venv-cuda; nvcc, no GPU
+	@mkdir -p build
+	$(CUDA_VENV)/bin/python -m pip install --no-deps --no-build-isolation --force-reinstall -v . > build/cuda-build.log 2>&1 \
+	  || { tail -50 build/cuda-build.log; exit 1; }
+	grep 'defgan_fast: ' build/cuda-build.log
+	DEFGAN_EXPECT_CUDA=1 $(CUDA_VENV)/bin/pytest -p no:cacheprovider python_tests/test_cuda.py python_tests/test_info.py $(ARGS)
+
 clean: ## remove what was compiled
 	rm -rf build dist *.egg-info defgan_fast/*.so defgan_fast/_C.json .mypy_cache .ruff_cache .pytest_cache
 	rm -f $(VENV)/.built-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## and the virtual environment
-	rm -rf $(VENV)
+distclean: clean ## and the virtual environments
+	rm -rf $(VENV) $(CUDA_VENV)
 
 $(TORCH_STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
@@ -87,6 +105,12 @@ $(TORCH_STAMP):
 $(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py MANIFEST.in defgan_fast/_build.py defgan_fast/_version.py
 	@echo 'Installing the package and compiling its kernels, once (one to three minutes)'
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(CUDA_STAMP):
+	$(PYTHON) -m venv --clear $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet --upgrade pip setuptools wheel pybind11 ninja
+	$(CUDA_VENV)/bin/pip install $(CUDA_TORCH) numpy safetensors scikit-learn pillow tqdm pytest pytest-benchmark expecttest
 	@touch $@
 
 # The installation has compiled everything; afterwards only what changed is compiled again.

@@ -71,15 +71,18 @@ def extension_arguments():
     except ImportError:
         pass  # torch then takes a ninja of the system, or builds without one
 
-    home = cpp_extension.CUDA_HOME
+    home = settings.cuda_home() if torch.version.cuda else None
+    nvcc = settings.nvcc_version(home) if home else None
     decision = settings.decide_cuda(
-        torch.__version__,
-        torch.version.cuda,
-        home,
-        settings.nvcc_version(home) if home else None,
-        len(settings.cuda_source_files(CSRC)),
+        torch.__version__, torch.version.cuda, home, nvcc, len(settings.cuda_source_files(CSRC))
     )
     print(f"defgan_fast: {'with' if decision.use else 'without'} CUDA kernels: {decision.reason}")
+    record = {"torch": torch.__version__, "cuda": decision.use, "reason": decision.reason}
+    if decision.use:
+        cpp_extension.CUDA_HOME = home
+        architectures = settings.architecture_list(nvcc, settings.visible_capabilities())
+        record["architectures"] = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+        print(f"defgan_fast: for the architectures {record['architectures']} (TORCH_CUDA_ARCH_LIST)")
 
     class BuildExt(cpp_extension.BuildExtension):
         """Keeps the objects of editable builds, and records which torch the extension was built for."""
@@ -95,15 +98,15 @@ def extension_arguments():
             super().run()
             for extension in self.extensions:
                 library = Path(self.get_ext_fullpath(extension.name))
-                record = {"torch": torch.__version__, "cuda": decision.use, "reason": decision.reason}
                 (library.parent / settings.BUILD_RECORD).write_text(json.dumps(record) + "\n")
 
-    extension = cpp_extension.CppExtension(
+    kind = cpp_extension.CUDAExtension if decision.use else cpp_extension.CppExtension
+    extension = kind(
         name="defgan_fast._C",
         # setuptools wants paths relative to setup.py
-        sources=[str(path.relative_to(ROOT)) for path in settings.source_files(CSRC)],
+        sources=[str(path.relative_to(ROOT)) for path in settings.source_files(CSRC, decision.use)],
         include_dirs=[str(CSRC)],
-        extra_compile_args=settings.COMPILE_FLAGS,
+        extra_compile_args={"cxx": settings.compile_flags(decision.use), "nvcc": settings.NVCC_FLAGS},
         extra_link_args=settings.LINK_FLAGS,
     )
     return {"ext_modules": [extension], "cmdclass": commands | {"build_ext": BuildExt}}

@@ -249,6 +249,12 @@ Links links_of(const Layer& layer, bool vertical) {
   return result;
 }
 
+bool shares_products(const Links& links) {
+  for (size_t i = 1; i < links.links.size(); ++i)
+    if (links.links[i].set == links.links[i - 1].set && links.links[i].in == links.links[i - 1].in) return true;
+  return false;
+}
+
 int64_t multiply_adds(const Layer& layer) {
   if (!layer.has_matrix()) return 0;
   return int64_t(links_of(layer, true).links.size()) * int64_t(links_of(layer, false).links.size()) * layer.in.c *

@@ -76,6 +76,9 @@ void check_parameters(const Plan& plan, const std::vector<int64_t>& elements);
 
 Links links_of(const Layer& layer, bool vertical);
 
+// Whether an input position gives the same matrix's product to several outputs (upsampling wider than the kernel).
+bool shares_products(const Links& links);
+
 // Multiply-adds of one forward pass of one row, border taps counted exactly.
 int64_t multiply_adds(const Layer& layer);
 int64_t multiply_adds(const Plan& plan);

@@ -1,5 +1,6 @@
-// The torch ops over the kernels: schema, checks, the cache of packed weights, dispatch; and the pybind11
-// module for what is not a tensor. The only file that includes torch.
+// The torch ops over the kernels: schema, fake kernels, the CPU's half with its cache of packed weights; and the
+// pybind11 module for what is not a tensor. project_op_cuda.cpp has the GPU's half. Only the files project_*
+// include torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <pthread.h>
@@ -13,56 +14,19 @@
 #include <limits>
 #include <list>
 #include <mutex>
-#include <sstream>
 
 #include "cpu/limits.h"
 #include "cpu/projection.h"
+#include "cuda_options.h"
+#include "project_checks.h"
 
 namespace defgan {
 namespace {
 
-using at::Tensor;
 using cpu::PackedGenerator;
 using cpu::Precision;
 
-// --- checks: one line that names the argument, what was expected and what came ---------------------------
-
-const char* name_of(at::ScalarType type) {
-  switch (type) {
-    case at::kByte: return "uint8";
-    case at::kChar: return "int8";
-    case at::kShort: return "int16";
-    case at::kInt: return "int32";
-    case at::kLong: return "int64";
-    case at::kBool: return "bool";
-    case at::kHalf: return "float16";
-    case at::kBFloat16: return "bfloat16";
-    case at::kFloat: return "float32";
-    case at::kDouble: return "float64";
-    default: return c10::toString(type);
-  }
-}
-
-std::string text(at::IntArrayRef sizes) {
-  std::ostringstream out;
-  out << "[";
-  for (size_t i = 0; i < sizes.size(); ++i) out << (i ? ", " : "") << sizes[i];
-  out << "]";
-  return out.str();
-}
-
-void check_floating(const Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf,
-                   name, " must have dtype float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
-}
-
-Plan plan_of(const std::string& description) {
-  try {
-    return parse_plan(description);
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
-}
+// --- checks of the CPU's half; the rest is in project_checks.h --------------------------------------------
 
 Precision precision_of(const std::string& precision) {
   if (precision == "float32") return Precision::kFloat32;
@@ -81,12 +45,7 @@ void check_values(const float* images, int64_t count, const Plan& plan) {
     low = std::min(low, images[i]);
     high = std::max(high, images[i]);
   }
-  TORCH_CHECK_VALUE(finite, "images must be finite");
-  const Activation last = plan.layers.back().activation;
-  if (count == 0 || (last != Activation::kSigmoid && last != Activation::kTanh)) return;
-  const float from = last == Activation::kSigmoid ? 0.0f : -1.0f, tolerance = 0.01f * (1.0f - from);
-  TORCH_CHECK_VALUE(low >= from - tolerance && high <= 1.0f + tolerance, "images must lie in the generator's range [",
-                    from, ", 1], got [", low, ", ", high, "]");
+  if (count) check_range(plan, finite, low, high);
 }
 
 // --- packed weights, cached by content --------------------------------------------------------------------
@@ -147,9 +106,7 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
   std::vector<cpu::Parameter> views;
   Hash hash;
   for (const Tensor& p : parameters) {
-    TORCH_CHECK_TYPE(p.is_floating_point(), "parameters must be floating point, got ", name_of(p.scalar_type()));
-    TORCH_CHECK_VALUE(p.device().is_cpu(), "parameters must be on the images' device (cpu), got ", p.device().str());
-    held.push_back(p.detach().to(at::kFloat).contiguous());
+    held.push_back(checked_parameter(p, at::kCPU));
     views.push_back({held.back().const_data_ptr<float>(), held.back().numel()});
     absorb(hash, views.back().data, size_t(views.back().elements) * 4);
   }
@@ -176,39 +133,15 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Errors of the torch-free layers keep their words and become Python's ValueError.
-template <class Body>
-auto translated(const Body& body) {
-  try {
-    return body();
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
-}
-
 // --- the ops ----------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, at::TensorList parameters,
                                        const std::string& description, at::ArrayRef<double> lr_schedule,
                                        double momentum, const std::string& precision, int64_t max_rows, bool validate) {
   const Plan plan = plan_of(description);
-  const int64_t k = plan.latent_size();
-  check_floating(images, "images");
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.size(1) == plan.image.c && images.size(2) == plan.image.h &&
-                        images.size(3) == plan.image.w,
-                    "images must have shape [B, ", plan.image.c, ", ", plan.image.h, ", ", plan.image.w, "], got ",
-                    text(images.sizes()));
-  check_floating(z0, "z0");
-  const int64_t count = images.size(0);
-  const bool per_image = z0.dim() == 3;
-  TORCH_CHECK_VALUE(
-      (z0.dim() == 2 || per_image) && z0.size(-1) == k && z0.size(-2) >= 1 && (!per_image || z0.size(0) == count),
-      "z0 must have shape [R, ", k, "] or [", count, ", R, ", k, "] with R at least 1, got ", text(z0.sizes()));
-  TORCH_CHECK_VALUE(z0.device() == images.device(), "z0 must be on the images' device (", images.device().str(),
-                    "), got ", z0.device().str());
-  TORCH_CHECK_VALUE(max_rows >= 0, "max_rows must be at least 0 (0: automatic), got ", max_rows);
+  check_projection(plan, images, z0, max_rows);
   const Precision p = precision_of(precision);
-  const int64_t restarts = z0.size(-2);
+  const int64_t count = images.size(0), restarts = z0.size(-2), k = plan.latent_size();
 
   const Tensor targets = images.to(at::kFloat).contiguous(), start = z0.to(at::kFloat).contiguous();
   if (validate) {
@@ -225,7 +158,7 @@ std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, a
     cpu::ProjectArgs args{};
     args.images = targets.const_data_ptr<float>();
     args.start = start.const_data_ptr<float>();
-    args.start_per_image = per_image;
+    args.start_per_image = z0.dim() == 3;
     args.images_count = count;
     args.restarts = int(restarts);
     args.rates = rates.data();
@@ -242,10 +175,7 @@ std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, a
 
 Tensor decode_cpu(const Tensor& latents, at::TensorList parameters, const std::string& description, int64_t max_rows) {
   const Plan plan = plan_of(description);
-  check_floating(latents, "latents");
-  TORCH_CHECK_VALUE(latents.dim() == 2 && latents.size(1) == plan.latent_size(), "latents must have shape [B, ",
-                    plan.latent_size(), "], got ", text(latents.sizes()));
-  TORCH_CHECK_VALUE(max_rows >= 0, "max_rows must be at least 0 (0: automatic), got ", max_rows);
+  check_decoding(plan, latents, max_rows);
   const Tensor source = latents.to(at::kFloat).contiguous();
   Tensor images = at::empty({latents.size(0), plan.image.c, plan.image.h, plan.image.w}, source.options());
   translated([&] {
@@ -308,7 +238,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["compiler"] = "gcc " __VERSION__;
 #endif
     info["torch"] = TORCH_VERSION;
+#ifdef DEFGAN_WITH_CUDA
+    info["cuda"] = "yes";
+    info["cuda_toolkit"] = defgan::cuda_toolkit();
+#else
     info["cuda"] = "no";
+#endif
     return info;
   });
   m.def("instruction_sets", &defgan::cpu::supported_instruction_sets);
@@ -322,6 +257,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::arg("isa"), py::arg("precision"), py::arg("threads"), py::arg("seconds"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "cuda_schedule",
+      [](const std::string& plan, const std::vector<int64_t>& elements, const std::string& precision,
+         std::pair<int, int> capability, int multiprocessors, size_t shared_memory, int64_t rows, int64_t max_rows,
+         const std::string& mapping) {
+        namespace cuda = defgan::cuda;
+        const auto program = cuda::make_program(defgan::parse_plan(plan), elements, cuda::precision_of(precision));
+        const cuda::Device device{capability.first, capability.second, multiprocessors, shared_memory};
+        const cuda::Schedule s = cuda::schedule_projection(*program, device, rows, max_rows, cuda::mapping_of(mapping));
+        py::dict d;
+        d["mapping"] = cuda::name_of(s.mapping);
+        d["rows_in_flight"] = s.rows_in_flight;
+        d["teams"] = s.teams;
+        d["blocks_per_team"] = s.blocks_per_team;
+        d["workspace_bytes"] = s.workspace_bytes;
+        d["reason"] = s.reason;
+        return d;
+      },
+      py::arg("plan"), py::arg("elements"), py::arg("precision"), py::kw_only(), py::arg("capability"),
+      py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("rows"), py::arg("max_rows") = 0,
+      py::arg("mapping") = "auto");
   m.def("flop_per_step", [](const std::string& plan) { return defgan::flop_per_step(defgan::parse_plan(plan)); });
   m.def("describe_plan", [](const std::string& text) {
     const defgan::Plan plan = defgan::parse_plan(text);

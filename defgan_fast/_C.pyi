@@ -3,7 +3,7 @@
 from typing import Any
 
 def build_info() -> dict[str, str]:
-    """The compiler, the torch it was built for, and whether CUDA takes part ("yes" or "no")."""
+    """The compiler, the torch it was built for, whether CUDA takes part ("yes" or "no"), and its toolkit."""
 
 def instruction_sets() -> list[str]:
     """The instruction sets that this machine can run, best last."""
@@ -19,3 +19,35 @@ def flop_per_step(plan: str) -> int:
 
 def describe_plan(plan: str) -> list[dict[str, Any]]:
     """The layers of a plan as the kernels see them."""
+
+def cuda_schedule(
+    plan: str,
+    elements: list[int],
+    precision: str,
+    *,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    shared_memory: int,
+    rows: int,
+    max_rows: int = 0,
+    mapping: str = "auto",
+) -> dict[str, Any]:
+    """How a GPU with these properties would carry out a projection; needs no GPU.
+
+    Args:
+        plan: the lowered generator.
+        elements: how many each of its parameters has.
+        precision: "float32", "float16" or "bfloat16".
+        capability: compute capability.
+        multiprocessors: of the GPU.
+        shared_memory: bytes that one block may ask for.
+        rows: images x restarts.
+        max_rows: rows in flight at most; 0: automatic.
+        mapping: "auto", or the one to force: "fused", "layered" or "split".
+
+    Returns:
+        `mapping`, `reason`, `rows_in_flight`, `teams`, `blocks_per_team`, `workspace_bytes`.
+
+    Raises:
+        ValueError: the plan is malformed, or `mapping` cannot run it on this device.
+    """

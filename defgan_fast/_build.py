@@ -8,9 +8,11 @@ torch or anything else of the package, and both ways build the same thing by con
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,25 @@ from pathlib import Path
 # for a debugger there is CMakeLists.txt.
 COMPILE_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-pthread"]
 LINK_FLAGS = ["-pthread"]
+
+# -fmad=false: all mappings of the work promise the same bits, so no kernel's compilation may decide by itself
+# which products and sums are rounded once. Sums that want one rounding say so (fmaf, mma). -lineinfo costs nothing
+# at run time and gives profilers and compute-sanitizer the source line.
+NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
+
+# For the C++ sources of a build with CUDA: the op's CUDA half is there.
+CUDA_MACROS = ["-DDEFGAN_WITH_CUDA"]
+
+# What the kernels are compiled for where no GPU is in sight and nobody says otherwise, with the first toolkit
+# that knows it. The tensor-core instructions that they use begin with 8.0.
+ARCHITECTURES = {
+    "8.0": (11, 0),
+    "8.6": (11, 1),
+    "8.9": (11, 8),
+    "9.0": (11, 8),
+    "10.0": (12, 8),
+    "12.0": (12, 8),
+}
 
 # With this record beside the extension, a torch that was exchanged after the build is noticed before its
 # incompatible symbols are loaded.
@@ -34,9 +55,22 @@ class Decision:
     reason: str
 
 
-def source_files(csrc: Path) -> list[Path]:
-    """The C++ sources of the extension below `csrc`, sorted; the C++ tests are not among them."""
-    return sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])
+def source_files(csrc: Path, cuda: bool = False) -> list[Path]:
+    """The sources of the extension below `csrc`, sorted; the C++ tests are not among them.
+
+    Planning for a GPU (`cuda/*.cpp`) is host code without CUDA headers and part of every build, so that every
+    machine can test it and say what a GPU would run.
+
+    Args:
+        csrc: the folder with the sources.
+        cuda: whether the kernels, and the half of the op that launches them, are compiled too.
+    """
+    files = [*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp"), *csrc.glob("cuda/*.cpp")]
+    if cuda:
+        files += cuda_source_files(csrc)
+    else:
+        files = [path for path in files if path.name != "project_op_cuda.cpp"]
+    return sorted(files)
 
 
 def cuda_source_files(csrc: Path) -> list[Path]:
@@ -44,16 +78,24 @@ def cuda_source_files(csrc: Path) -> list[Path]:
     return sorted(csrc.glob("cuda/*.cu"))
 
 
+def compile_flags(cuda: bool) -> list[str]:
+    """Of the C++ compiler."""
+    return [*COMPILE_FLAGS, *(CUDA_MACROS if cuda else [])]
+
+
 def shipped_files(csrc: Path) -> list[Path]:
-    """What an installed package needs in order to compile on first import: sources and headers, sorted."""
+    """What an installed package needs in order to compile on first import: sources and headers, sorted.
+
+    Neither the C++ tests nor the execution of CUDA kernels on the CPU, which serves tests alone.
+    """
     suffixes = {".cpp", ".h", ".cu", ".cuh"}
     files = (path for path in csrc.rglob("*") if path.suffix in suffixes)
-    return sorted(path for path in files if "tests" not in path.relative_to(csrc).parts)
+    return sorted(path for path in files if not {"tests", "execution"} & set(path.relative_to(csrc).parts))
 
 
 def fingerprint(csrc: Path) -> str:
     """A short hash of the names and bytes of every shipped file, and of the flags they are compiled with."""
-    digest = hashlib.sha256(" ".join(COMPILE_FLAGS + LINK_FLAGS).encode())
+    digest = hashlib.sha256(" ".join([*compile_flags(True), *LINK_FLAGS, *NVCC_FLAGS]).encode())
     for path in shipped_files(csrc):
         digest.update(path.relative_to(csrc).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
@@ -63,6 +105,28 @@ def fingerprint(csrc: Path) -> str:
 def release(version: str) -> str:
     """`2.13.0+cpu` -> `2.13.0`: the part of torch's version that decides which symbols it exports."""
     return version.split("+")[0]
+
+
+def cuda_home() -> str | None:
+    """The toolkit: `$CUDA_HOME`, `$CUDA_PATH`, that of the nvcc on PATH, or /usr/local/cuda; None without one.
+
+    The nvcc on PATH is asked where it lies: it may be a script that calls another one, and the folder above it
+    then has no headers.
+    """
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return os.environ[variable]
+    homes = ["/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stderr
+        except (OSError, subprocess.SubprocessError):
+            said = ""
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        homes.insert(0, os.path.normpath(top.group(1).strip()) if top else str(Path(nvcc).parent.parent))
+    return next((home for home in homes if Path(home, "include", "cuda_runtime.h").is_file()), None)
 
 
 def nvcc_version(cuda_home: str) -> str | None:
@@ -78,6 +142,42 @@ def nvcc_version(cuda_home: str) -> str | None:
     return found.group(1) if found else None
 
 
+def visible_capabilities() -> list[str]:
+    """Compute capabilities of this machine's GPUs ("9.0"), by the driver's tool; empty without one.
+
+    Not asked of torch, which would start CUDA in this process, and a process that forks later cannot use it.
+    """
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return re.findall(r"^\s*(\d+\.\d+)\s*$", said, re.MULTILINE)
+
+
+def architecture_list(nvcc: str, capabilities: Iterable[str] = ()) -> str:
+    """The `TORCH_CUDA_ARCH_LIST` to build with where it is not set: "8.0;9.0+PTX".
+
+    Args:
+        nvcc: the toolkit's version, see `nvcc_version`.
+        capabilities: of the GPUs in sight. Without any: all of `ARCHITECTURES` that this toolkit knows. The
+            last one carries PTX in both cases, for GPUs that are newer than the toolkit.
+    """
+    toolkit = _numbers(nvcc)
+    known = [name for name, first in ARCHITECTURES.items() if first <= toolkit]
+    chosen = set()
+    for capability in capabilities:
+        # Machine code runs on later minor versions of the same major version.
+        fits = [name for name in known if _numbers(name) <= _numbers(capability)]
+        if fits:
+            chosen.add(fits[-1])
+    return ";".join([name for name in known if name in chosen] or known) + "+PTX"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
 def decide_cuda(
     torch_version: str, torch_cuda: str | None, cuda_home: str | None, nvcc: str | None, sources: int
 ) -> Decision:
@@ -89,7 +189,7 @@ def decide_cuda(
     Args:
         torch_version: `torch.__version__`.
         torch_cuda: `torch.version.cuda`, None for a torch without CUDA.
-        cuda_home: `torch.utils.cpp_extension.CUDA_HOME`, None where no toolkit was found.
+        cuda_home: see `cuda_home`.
         nvcc: the toolkit's version, see `nvcc_version`.
         sources: how many CUDA sources this version of the package has.
     """

@@ -4,12 +4,14 @@
 for the torch that is installed now); a build that an earlier import left in the cache; compiling the sources
 that the package ships, once. Where none of it works the reference path still does, so failing is a warning
 and not an error. The cache is keyed by the versions of torch, Python and the package and by a hash of the
-sources: an upgrade of any of them compiles anew instead of loading symbols that no longer fit.
+sources: an upgrade of any of them compiles anew instead of loading symbols that no longer fit. Beside a torch
+with CUDA the toolkit and the GPUs count too: a home folder may be shared by machines with different ones.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -34,7 +36,7 @@ from ._version import __version__
 
 _PACKAGE = Path(__file__).resolve().parent
 _JIT_NAME = "defgan_fast_C"
-_FINISHED = "finished"  # a file written after a build in the cache was loaded once
+_FINISHED = "finished"  # written after a build in the cache was loaded once; holds the library's name
 
 
 class Status(TypedDict):
@@ -43,11 +45,19 @@ class Status(TypedDict):
     built: str
     reason: str
     path: str | None
+    without_cuda: str | None
+    architectures: str | None
 
 
 _lock = threading.Lock()
 _module: ModuleType | None = None
-_status: Status = {"built": "absent", "reason": "not loaded yet", "path": None}
+_status: Status = {
+    "built": "absent",
+    "reason": "not loaded yet",
+    "path": None,
+    "without_cuda": None,
+    "architectures": None,
+}
 _tried = False
 
 
@@ -72,9 +82,30 @@ def module() -> ModuleType | None:
 
 
 def status() -> Status:
-    """How the module was built ("ahead of time", "on first import" or "absent"), why, and where it lies."""
+    """How the module was built ("ahead of time", "on first import" or "absent"), why, and where it lies.
+
+    `without_cuda` is why it has no CUDA kernels, None where it has; `architectures` what they were compiled for.
+    """
     load()
     return _status.copy()
+
+
+def has_cuda() -> bool:
+    """Whether the compiled module has the CUDA kernels; a GPU to run them on is another question."""
+    return load() and _status["without_cuda"] is None
+
+
+def cuda_decision() -> _build.Decision:
+    """Whether a build made here and now would have the CUDA kernels, and why."""
+    csrc = sources()
+    home = _build.cuda_home() if torch.version.cuda else None
+    return _build.decide_cuda(
+        torch.__version__,
+        torch.version.cuda,
+        home,
+        _build.nvcc_version(home) if home else None,
+        len(_build.cuda_source_files(csrc)) if csrc else 0,
+    )
 
 
 def sources() -> Path | None:
@@ -93,8 +124,7 @@ def _load() -> None:
         if misfit is None:
             try:
                 _module = importlib.import_module("defgan_fast._C")
-                reason = "built with the package"
-                _status = {"built": "ahead of time", "reason": reason, "path": _module.__file__}
+                _status = _told("ahead of time", "built with the package", _module, _PACKAGE)
                 return
             except ImportError as error:
                 misfit = f"it cannot be loaded: {_one_line(error)}"
@@ -102,14 +132,26 @@ def _load() -> None:
 
     try:
         _module = _on_first_import()
-        _status = {"built": "on first import", "reason": not_ahead, "path": _module.__file__}
+        _status = _told("on first import", not_ahead, _module, Path(_module.__file__ or "").parent)
     except (RuntimeError, OSError, ImportError) as error:
-        _status = {"built": "absent", "reason": _one_line(error), "path": None}
+        _status |= {"built": "absent", "reason": _one_line(error), "without_cuda": _one_line(error)}
         warnings.warn(
             f"defgan_fast runs without its kernels, on the much slower reference path: {_status['reason']}",
             RuntimeWarning,
             stacklevel=5,
         )
+
+
+def _told(built: str, reason: str, module: ModuleType, folder: Path) -> Status:
+    """The status of a module that was loaded, with what the record of its build says."""
+    record = json.loads((folder / _build.BUILD_RECORD).read_text())
+    return {
+        "built": built,
+        "reason": reason,
+        "path": module.__file__,
+        "without_cuda": None if record["cuda"] else record["reason"],
+        "architectures": record.get("architectures"),
+    }
 
 
 def _misfit() -> str | None:
@@ -134,8 +176,8 @@ def _on_first_import() -> ModuleType:
     if csrc is None:
         raise RuntimeError(f"no C++ sources in {_PACKAGE / '_csrc'}")
     folder = _cache_root() / f"{_JIT_NAME}-{_cache_key(csrc)}"
-    library = folder / f"{_JIT_NAME}.so"
-    if (folder / _FINISHED).is_file() and library.is_file():
+    library = _finished(folder)
+    if library is not None:
         return _import_file(library)
 
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
@@ -143,33 +185,80 @@ def _on_first_import() -> ModuleType:
         raise RuntimeError(f"no C++ compiler: '{compiler}' was not found (install g++, or set CXX)")
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder / "defgan_fast.lock"):
-        if (folder / _FINISHED).is_file() and library.is_file():  # another process built it meanwhile
+        library = _finished(folder)
+        if library is not None:  # another process built it meanwhile
             return _import_file(library)
         # torch's own lock is a file whose existence counts: one left by a killed build stops us for ever.
         (folder / "lock").unlink(missing_ok=True)
-        print(
-            f"defgan_fast: compiling the kernels for torch {torch.__version__}, once (about a minute)",
-            file=sys.stderr,
-            flush=True,
-        )
-        built = _compile(csrc, folder)
-        (folder / _FINISHED).touch()
+        decision = cuda_decision()
+        _announce(f"torch {torch.__version__}, once (about a minute{', CUDA kernels longer' * decision.use})")
+        try:
+            built, record = _compile(csrc, folder, decision)
+        except RuntimeError as error:
+            if not decision.use:
+                raise
+            # A host compiler that this nvcc refuses, say, is no reason to go without the CPU kernels.
+            decision = _build.Decision(False, f"compiling them failed: {_one_line(error)}")
+            _announce(f"torch {torch.__version__} again, without CUDA: {decision.reason}")
+            built, record = _compile(csrc, folder, decision)
+        (folder / _build.BUILD_RECORD).write_text(json.dumps(record) + "\n")
+        (folder / _FINISHED).write_text(Path(built.__file__ or "").name)
         return built
 
 
-def _compile(csrc: Path, folder: Path) -> ModuleType:
+def _announce(what: str) -> None:
+    print(f"defgan_fast: compiling the kernels for {what}", file=sys.stderr, flush=True)
+
+
+def _finished(folder: Path) -> Path | None:
+    """The library that an earlier import has built and loaded, or None."""
+    try:
+        library = folder / (folder / _FINISHED).read_text()
+    except OSError:
+        return None
+    return library if library.is_file() else None
+
+
+def _compile(csrc: Path, folder: Path, cuda: _build.Decision) -> tuple[ModuleType, dict[str, Any]]:
+    """The module, and the record of its build."""
     from torch.utils import cpp_extension  # slow to import, and needed only here
 
-    with _ninja_on_path():
+    record: dict[str, Any] = {"torch": torch.__version__, "cuda": cuda.use, "reason": cuda.reason}
+    variables: dict[str, str] = {}
+    if cuda.use:
+        home = _build.cuda_home() or ""
+        cpp_extension.CUDA_HOME = home
+        nvcc = _build.nvcc_version(home) or ""
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _build.architecture_list(
+            nvcc, _build.visible_capabilities()
+        )
+        variables["TORCH_CUDA_ARCH_LIST"] = record["architectures"] = architectures
+    with _ninja_on_path(), _environment(variables):
         built: ModuleType = cpp_extension.load(
             name=_JIT_NAME,
-            sources=[str(path) for path in _build.source_files(csrc)],
-            extra_cflags=_build.COMPILE_FLAGS,
+            sources=[
+                str(_under_its_own_name(path, csrc, folder)) for path in _build.source_files(csrc, cuda.use)
+            ],
+            extra_cflags=_build.compile_flags(cuda.use),
+            extra_cuda_cflags=_build.NVCC_FLAGS,
             extra_ldflags=_build.LINK_FLAGS,
             extra_include_paths=[str(csrc)],
             build_directory=str(folder),
+            with_cuda=cuda.use,
         )
-    return built
+    return built, record
+
+
+def _under_its_own_name(source: Path, csrc: Path, folder: Path) -> Path:
+    """A file in `folder` that includes `source` and is named by its whole path below `csrc`.
+
+    torch names an object by its source's file name alone, and cpu/ and cuda/ have files of the same name.
+    """
+    wrapper = folder / "-".join(source.relative_to(csrc).parts)
+    text = f'#include "{source.resolve()}"\n'
+    if not wrapper.is_file() or wrapper.read_text() != text:  # its time of change is what ninja goes by
+        wrapper.write_text(text)
+    return wrapper
 
 
 def _cache_root() -> Path:
@@ -184,11 +273,26 @@ def _cache_root() -> Path:
 def _cache_key(csrc: Path) -> str:
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     parts = (__version__, f"torch{torch.__version__}", python, platform.machine(), _build.fingerprint(csrc))
-    return "-".join(parts).replace("+", "_")
+    return "-".join(parts + _cuda_key()).replace("+", "_")
+
+
+def _cuda_key() -> tuple[str, ...]:
+    """What decides the CUDA half of a build and may differ between machines or days; quick, and starts no CUDA."""
+    if torch.version.cuda is None:
+        return ()
+    toolkit = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")]
+    cards = sorted(
+        line.partition(":")[2].strip()
+        for file in Path("/proc/driver/nvidia/gpus").glob("*/information")
+        for line in file.read_text().splitlines()
+        if line.startswith("Model")
+    )
+    text = repr((toolkit, shutil.which("nvcc"), Path("/usr/local/cuda").exists(), sorted(set(cards))))
+    return (hashlib.sha256(text.encode()).hexdigest()[:8],)
 
 
 def _import_file(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(_JIT_NAME, library)
+    spec = importlib.util.spec_from_file_location(library.stem, library)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {library}")
     loaded = importlib.util.module_from_spec(spec)
@@ -207,20 +311,30 @@ def _exclusive(path: Path) -> Iterator[None]:
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
     """Puts the ninja that was installed with the package on PATH: its environment need not be activated."""
-    before = os.environ.get("PATH")
     try:
         import ninja
 
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before or os.defpath])
+        path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+        variables = {"PATH": path}
     except ImportError:
-        pass  # a ninja of the system may be there; torch's own message names it where it is not
+        variables = {}  # a ninja of the system may be there; torch's own message names it where it is not
+    with _environment(variables):
+        yield
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("PATH", None)
-        else:
-            os.environ["PATH"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,15 +1,17 @@
-"""Image data sets as tensors: handwritten digits, MNIST and Fashion-MNIST, split once and for all.
+"""Image data sets as tensors: handwritten digits, MNIST, Fashion-MNIST and CelebA, split once and for all.
 
 Every experiment needs the same three parts: a training part, a validation part on which choices are made,
 and a test part that only the reported numbers see. The digits come with scikit-learn and need no download;
 MNIST and Fashion-MNIST are read from the official gzip IDX files, whose SHA-256 is checked at every load, so
-that a truncated or altered file can never quietly change a result.
+that a truncated or altered file can never quietly change a result. CelebA is a folder of JPEGs that has to be
+fetched by hand; it has no official checksums, and its fingerprint says what a model was trained on.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import tempfile
 import urllib.error
@@ -21,10 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-DATASETS = ("digits", "mnist", "fashion_mnist")
+DATASETS = ("digits", "mnist", "fashion_mnist", "celeba")
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE = 28
-CLASSES = 10
+CLASSES = {"digits": 10, "mnist": 10, "fashion_mnist": 10, "celeba": 2}
+# Of the pixels as tensors: the range of the generators' last layers, a sigmoid and a tanh.
+RANGES = {"digits": (0.0, 1.0), "mnist": (0.0, 1.0), "fashion_mnist": (0.0, 1.0), "celeba": (-1.0, 1.0)}
 
 # Sizes of the digits' held-out parts; the rest, 1,297 images, is for training.
 DIGITS_TEST = 300
@@ -61,11 +65,19 @@ MIRRORS: dict[str, tuple[str, ...]] = {
 }
 DOWNLOAD_TIMEOUT_S = 20
 
+CELEBA_ATTRIBUTES = "list_attr_celeba.txt"
+CELEBA_PARTITION = "list_eval_partition.txt"
+# Where the aligned images may lie, seen from the folder of the two lists.
+CELEBA_FOLDERS = ("img_align_celeba", "images", ".")
+CELEBA_LABEL = "Male"
+# Aligned images are 178 x 218; the largest centred square is halved and more.
+CELEBA_SIZE = 64
+
 
 class Dataset(NamedTuple):
     """Images and their labels, in a fixed order."""
 
-    images: torch.Tensor  # [N, C, H, W] float32, in [0, 1]
+    images: torch.Tensor  # [N, C, H, W] float32, in the range of the data set
     labels: torch.Tensor  # [N] int64
 
 
@@ -73,17 +85,19 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
     """Load one part of a data set.
 
     Args:
-        name: "digits" (1,797 images of scikit-learn, resized to 28x28), "mnist" or "fashion_mnist".
-        root: folder that holds the IDX files, or holds a folder ``name`` that does. Where it is given,
-            nothing else is looked at. Without it: ``$DEFGAN_DATA/<name>/``, then the cache folder, then the
-            official mirrors, from which missing files are downloaded into the cache folder. The digits
-            ignore it.
+        name: "digits" (1,797 images of scikit-learn, resized to 28x28), "mnist", "fashion_mnist" or "celeba".
+        root: folder that holds the files, or holds a folder ``name`` that does. Where it is given, nothing
+            else is looked at. Without it: ``$DEFGAN_DATA/<name>/``, then the cache folder, then, for the IDX
+            files, the official mirrors, from which missing ones are downloaded into the cache folder. The
+            digits ignore it. CelebA's folder holds ``list_attr_celeba.txt``, ``list_eval_partition.txt``
+            and the aligned JPEGs, themselves or in ``img_align_celeba`` or ``images``.
         split: "train", "validation" or "test". MNIST and Fashion-MNIST: training images 0 to 49,999,
             training images 50,000 to 59,999, test images. Digits: 1,297, 200 and 300 images, every class
-            in proportion.
+            in proportion. CelebA: its own partition.
 
     Returns:
-        ``images`` [N, 1, 28, 28] float32 in [0, 1] and ``labels`` [N] int64.
+        ``images`` [N, 1, 28, 28] float32 in [0, 1] and ``labels`` [N] int64. CelebA: [N, 3, 64, 64] in
+        [-1, 1], 1 for men; all of its training part takes 8 GB, :func:`celeba_pixels` a quarter of that.
 
     Raises:
         ValueError: unknown name or split, or a file whose checksum is not the official one.
@@ -94,21 +108,36 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
         >>> images.shape
         torch.Size([300, 1, 28, 28])
     """
-    if name == "celeba":
-        raise ValueError("data set celeba has no loader yet, expected one of " + ", ".join(DATASETS))
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if name == "digits":
         return _load_digits(split)
+    if name == "celeba":
+        pixels, labels = celeba_pixels(root, split)
+        return Dataset(to_range(pixels, RANGES[name]), labels)
     return _load_idx(name, root, split)
 
 
-def fingerprint(dataset: Dataset) -> str:
-    """SHA-256 of the 8-bit pixels and labels of ``dataset``, to record what a model was trained on."""
-    pixels = (dataset.images * 255).round().to(torch.uint8).contiguous().numpy()
-    digest = hashlib.sha256(pixels.tobytes())
+def to_range(pixels: torch.Tensor, value_range: tuple[float, float]) -> torch.Tensor:
+    """uint8 pixels of any shape to float32 in ``value_range``."""
+    low, high = value_range
+    return low + pixels.float() / 255 * (high - low)
+
+
+def fingerprint(dataset: Dataset, value_range: tuple[float, float] = (0.0, 1.0)) -> str:
+    """SHA-256 of the 8-bit pixels and labels of ``dataset``, to record what a model was trained on.
+
+    Args:
+        dataset: images uint8, or floating point in ``value_range``.
+        value_range: (low, high).
+    """
+    pixels = dataset.images
+    if pixels.is_floating_point():
+        low, high = value_range
+        pixels = ((pixels - low) / (high - low) * 255).round().to(torch.uint8)
+    digest = hashlib.sha256(pixels.contiguous().numpy().tobytes())
     digest.update(dataset.labels.to(torch.int64).numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -283,3 +312,89 @@ def _parse_idx(content: bytes, file: str, dimensions: int) -> np.ndarray:
 def _as_dataset(pixels: np.ndarray, labels: np.ndarray) -> Dataset:
     images = torch.from_numpy(pixels.astype(np.float32) / np.float32(255)).unsqueeze(1)
     return Dataset(images, torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64)))
+
+
+# --- CelebA ------------------------------------------------------------------------------------------------
+
+
+def celeba_pixels(root: str | os.PathLike[str] | None = None, split: str = "train") -> Dataset:
+    """One part of CelebA as uint8 [N, 3, 64, 64], with labels [N] int64, 1 for men and 0 for women.
+
+    Each aligned JPEG is cut to its largest centred square and reduced to 64x64 by area averaging. Arguments
+    and errors as for :func:`load`.
+
+    Raises:
+        FileNotFoundError: one of the lists, or an image that they name, is missing.
+        ValueError: a list does not parse, or an image is damaged; the message names it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    folder = _celeba_folder(root)
+    wanted = str(SPLITS.index(split))
+    names = [words[0] for words in _table(folder / CELEBA_PARTITION, 2) if words[1] == wanted]
+    labels = _celeba_labels(folder / CELEBA_ATTRIBUTES)
+    places = [folder / place for place in CELEBA_FOLDERS]
+    pixels = np.empty((len(names), 3, CELEBA_SIZE, CELEBA_SIZE), dtype=np.uint8)
+    for index, name in enumerate(names):
+        if name not in labels:
+            raise ValueError(f"{folder / CELEBA_ATTRIBUTES} must have a row for {name}, got none")
+        pixels[index] = _face(name, places)
+    chosen = torch.tensor([labels[name] for name in names], dtype=torch.int64)
+    return Dataset(torch.from_numpy(pixels), chosen)
+
+
+def _celeba_folder(root: str | os.PathLike[str] | None) -> Path:
+    places = _places("celeba", root)
+    for folder in places:
+        if (folder / CELEBA_PARTITION).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no such file: {CELEBA_PARTITION} of celeba; looked in {', '.join(map(str, places))}; put it beside "
+        f"{CELEBA_ATTRIBUTES} and the aligned JPEGs (folder {CELEBA_FOLDERS[0]}) into a folder celeba, and set "
+        "DEFGAN_DATA to the folder that holds it"
+    )
+
+
+def _table(path: Path, columns: int) -> list[list[str]]:
+    """Rows of words, each of the same number of columns."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != columns:
+            raise ValueError(f"{path} must have {columns} columns, got {len(row)} in row {number}")
+    return rows
+
+
+def _celeba_labels(path: Path) -> dict[str, int]:
+    """The list begins with the number of images and the names of the attributes; values are 1 and -1."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    if len(lines) < 2 or CELEBA_LABEL not in lines[1]:
+        raise ValueError(f"{path} must name the attribute {CELEBA_LABEL} in its second line")
+    column = 1 + lines[1].index(CELEBA_LABEL)
+    labels = {}
+    for number, row in enumerate(lines[2:], start=3):
+        if len(row) != len(lines[1]) + 1:
+            raise ValueError(f"{path} must have {len(lines[1]) + 1} columns, got {len(row)} in row {number}")
+        labels[row[0]] = int(row[column] == "1")
+    return labels
+
+
+def _face(name: str, places: Sequence[Path]) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    path = next((place / name for place in places if (place / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"no such file: {name} of celeba; looked in {', '.join(map(str, places))}")
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            side = min(picture.size)
+            left, top = (picture.width - side) // 2, (picture.height - side) // 2
+            square = picture.convert("RGB").resize(
+                (CELEBA_SIZE, CELEBA_SIZE), Image.Resampling.BOX, (left, top, left + side, top + side)
+            )
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not an image ({' '.join(str(error).split())})") from None
+    return np.asarray(square).transpose(2, 0, 1)

@@ -1,7 +1,8 @@
 """What this installation is and can do: `defgan-fast info`, for bug reports and beside measured numbers.
 
 It answers the questions that come first when something is slow or missing: which versions, which backends,
-which instruction set is in use, how the extension was built or why it was not, and why CUDA is absent.
+which instruction set is in use, how the extension was built or why it was not, why CUDA is absent, and how a GPU
+would share out the work.
 """
 
 from __future__ import annotations
@@ -11,14 +12,23 @@ import json
 import os
 import platform
 import subprocess
+from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
 import torch
+from torch import nn
 
-from . import _build, _extension
+from . import _build, _extension, lowering, ops
 from ._version import __version__
+
+ROWS = (10, 160, 10_000)  # 1, 16 and 1,000 images with 10 restarts
+# Where there is no GPU, planning is shown for this one.
+H100 = {"capability": (9, 0), "multiprocessors": 132, "shared_memory": 227 * 1024}
+
+_Lowered = tuple[str, list[int]]  # a plan's text, and how many elements each of its parameters has
 
 
 def environment() -> dict[str, Any]:
@@ -26,13 +36,15 @@ def environment() -> dict[str, Any]:
 
     Keys: `versions` (defgan_fast, commit, python, torch, numpy), `backends` (by name: whether it is available
     and why not), `extension` (how it was built and with what), `cpu` (model, cores, threads, instruction
-    sets).
+    sets), `cuda` (the mapping that is forced, and for each GPU which mapping serves which generator and size).
     """
     module = _extension.module()
     status = _extension.status()
     extension: dict[str, Any] = dict(status)
     if module is not None:
         extension |= {"flags": " ".join(_build.COMPILE_FLAGS), **module.build_info()}
+        if ops.cuda_kernels_built:
+            extension["nvcc_flags"] = " ".join(_build.NVCC_FLAGS)
     return {
         "versions": {
             "defgan_fast": __version__,
@@ -43,7 +55,7 @@ def environment() -> dict[str, Any]:
         },
         "backends": {
             "cpu": _available(module is not None, None if module else status["reason"]),
-            "cuda": _cuda(extension),
+            "cuda": _available(ops.missing_cuda() is None, ops.missing_cuda()),
             "reference": _available(True, None),
         },
         "extension": extension,
@@ -54,33 +66,71 @@ def environment() -> dict[str, Any]:
             "instruction_sets": module.instruction_sets() if module else [],
             "active": module.active_instruction_set() if module else None,
         },
+        "cuda": {
+            "forced_mapping": os.environ.get("DEFGAN_CUDA_MAPPING") or None,
+            "devices": _devices(module) if module else [],
+        },
     }
 
 
-def cuda_decision() -> _build.Decision:
-    """Whether a build made here and now would have the CUDA kernels, and why."""
-    from torch.utils.cpp_extension import CUDA_HOME  # slow to import, and only this command needs it
+def _devices(module: ModuleType) -> list[dict[str, Any]]:
+    """Every GPU in sight, or the one that planning is shown for, with the mappings of the shipped generators."""
+    found = []
+    if ops.cuda_kernels_built and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu: Any = torch.cuda.get_device_properties(index)
+            properties = {
+                "capability": (gpu.major, gpu.minor),
+                "multiprocessors": gpu.multi_processor_count,
+                "shared_memory": gpu.shared_memory_per_block_optin,
+            }
+            found.append({"name": gpu.name, "present": True, **properties})
+    if not found:
+        found = [{"name": "NVIDIA H100", "present": False, **H100}]
+    generators = _generators()
+    for device in found:
+        properties = {key: device[key] for key in H100}
+        device["capability"] = list(device["capability"])
+        device["mappings"] = [
+            {
+                "generator": name,
+                "precision": precision,
+                "rows": rows,
+                **_schedule(module, generator, precision, rows, properties),
+            }
+            for name, generator in generators.items()
+            for precision in ("float16", "float32")
+            for rows in ROWS
+        ]
+    return found
 
-    csrc = _extension.sources()
-    return _build.decide_cuda(
-        torch.__version__,
-        torch.version.cuda,
-        CUDA_HOME,
-        _build.nvcc_version(CUDA_HOME) if CUDA_HOME else None,
-        len(_build.cuda_source_files(csrc)) if csrc else 0,
-    )
+
+def _schedule(
+    module: ModuleType, generator: _Lowered, precision: str, rows: int, device: dict[str, Any]
+) -> dict[str, Any]:
+    wanted = os.environ.get("DEFGAN_CUDA_MAPPING") or "auto"
+    try:
+        found = module.cuda_schedule(*generator, precision, rows=rows, mapping=wanted, **device)
+    except ValueError as error:
+        return {"mapping": None, "reason": str(error)}
+    return {key: found[key] for key in ("mapping", "reason")}
+
+
+def _generators() -> dict[str, _Lowered]:
+    """The shipped ones, and the paper's geometry."""
+    from . import models, weights
+
+    shipped = {name: weights.load_generator(name) for name in weights.shipped("generator")}
+    return {name: _lowered(generator) for name, generator in {"mnist": models.Generator(), **shipped}.items()}
+
+
+def _lowered(generator: nn.Module) -> _Lowered:
+    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
+    return plan.text, [tensor.numel() for tensor in plan.tensors(generator)]
 
 
 def _available(available: bool, reason: str | None) -> dict[str, Any]:
     return {"available": available, "reason": reason}
-
-
-def _cuda(extension: dict[str, Any]) -> dict[str, Any]:
-    if extension.get("cuda") != "yes":
-        return _available(False, cuda_decision().reason)
-    if not torch.cuda.is_available():
-        return _available(False, "the kernels are built, but torch sees no GPU")
-    return _available(True, None)
 
 
 def _cpu_model() -> str:
@@ -115,6 +165,18 @@ def _text(found: dict[str, Any]) -> str:
     rows.append(("processor", f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads in use"))
     if cpu["active"]:
         rows.append(("instruction sets", f"{', '.join(cpu['instruction_sets'])}; in use: {cpu['active']}"))
+    for device in found["cuda"]["devices"]:
+        rows.append(
+            ("GPU", device["name"] if device["present"] else f"none; planned for an {device['name']}:")
+        )
+        forced = found["cuda"]["forced_mapping"]
+        if forced:
+            rows.append(("  DEFGAN_CUDA_MAPPING", forced))
+        for (name, precision), chosen in groupby(
+            device["mappings"], key=lambda m: (m["generator"], m["precision"])
+        ):
+            text = ", ".join(f"{m['rows']:,} rows {m['mapping'] or m['reason']}" for m in chosen)
+            rows.append((f"  {name} {precision}", text))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

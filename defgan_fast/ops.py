@@ -1,7 +1,7 @@
 """The torch ops: loads the compiled ones and registers those that are made of torch itself.
 
 `torch.ops.defgan_fast`:
-  project, decode          compiled (`csrc/project_op.cpp`), one kernel a device; no derivative of their own
+  project, decode          compiled (`csrc/project_op*.cpp`), one kernel a device; no derivative of their own
   straight_through         ties a reconstruction to its image with an identity backward (BPDA)
   unrolled                 ties it with the gradient through all steps, recomputed (from a plan's text)
   no_gradient              ties it with a backward that raises
@@ -24,6 +24,30 @@ from . import _extension, lowering, reference
 
 kernels_available: bool = _extension.load()
 """Whether the compiled ops are there; the reference path needs none of them."""
+
+cuda_kernels_built: bool = _extension.has_cuda()
+"""Whether they run on GPUs too."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability from which on a GPU has the tensor-core instructions that the kernels are written in."""
+
+
+@torch.compiler.assume_constant_result
+def cuda_kernels_run_on(index: int) -> bool:
+    """Whether the GPU of that index runs the CUDA kernels of this build."""
+    return cuda_kernels_built and torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+
+
+def missing_cuda() -> str | None:
+    """Why no GPU of this machine runs the CUDA kernels, in one clause; None where one does."""
+    if not cuda_kernels_built:
+        return _extension.status()["without_cuda"]
+    if not torch.cuda.is_available():
+        return "the kernels are built, but torch sees no GPU"
+    if not any(cuda_kernels_run_on(index) for index in range(torch.cuda.device_count())):
+        least = ".".join(map(str, OLDEST_CAPABILITY))
+        return f"the kernels need a GPU of compute capability {least} or later"
+    return None
 
 
 def starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:

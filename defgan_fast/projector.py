@@ -58,7 +58,7 @@ class Projector(nn.Module):
         precision: "auto" (what autocast says, else float32 on the CPU and float16 on CUDA), "float32", "bfloat16"
             or "float16".
         gradient: "straight_through" (identity backward), "unrolled" (through all steps) or "none" (backward raises).
-        backend: "auto", "cpu", "cuda" or "reference".
+        backend: "auto" (the kernels of the images' device where there are some), "cpu", "cuda" or "reference".
         max_rows: rows (image x restart) in flight at most; None keeps working memory under 200 MB.
         validate: whether values are checked (finite, in the generator's range). None: on for CPU tensors.
 
@@ -128,7 +128,9 @@ class Projector(nn.Module):
     def _lower(self) -> tuple[Plan | None, str, tuple[float, float] | None]:
         """The plan that the kernels run, or None and why; and the range of the generator's pixels where known."""
         if self.backend == "cuda":
-            raise RuntimeError('backend "cuda" is not available: this build has no CUDA kernels')
+            missing = ops.missing_cuda()
+            if missing is not None:
+                raise RuntimeError(f'backend "cuda" is not available: {missing}')
         if self.backend == "cpu" and not ops.kernels_available:
             raise RuntimeError(f'backend "cpu" is not available: {_extension.status()["reason"]}')
         try:
@@ -137,7 +139,7 @@ class Projector(nn.Module):
                 raise LoweringError(f"generator {name} does not tell its latent size")
             plan = lowering.lower(self.generator, self.latent_size)
         except LoweringError as error:
-            if self.backend == "cpu":
+            if self.backend in ("cpu", "cuda"):
                 raise
             return None, str(error), _sequential_range(self.generator)
         if self.backend == "reference":
@@ -195,10 +197,10 @@ class Projector(nn.Module):
                 return "bfloat16"
             if dtype == torch.float16:
                 return "float16"
-        return "float32" if kind == "cpu" or self._plan is None else "float16"
+        return "float16" if kind == "cuda" and self.backend_for(images) == "cuda" else "float32"
 
     def backend_for(self, images: Tensor) -> str:
-        """The backend that a call with these images would use: "cpu" or "reference"."""
+        """The backend that a call with these images would use: "cpu", "cuda" or "reference"."""
         return images.device.type if self._plan is not None and self._kernel_can_take(images) else "reference"
 
     def train(self, mode: bool = True) -> Projector:
@@ -244,9 +246,14 @@ class Projector(nn.Module):
         return Projection(reconstruction, best, _pick(errors, restarts), restarts, errors)
 
     def _project_with_reference(self, images: Tensor, start: Tensor, rates: list[float]) -> Projection:
-        if self.backend == "auto" and self._reason and not self._warned:
+        reason = self._reason
+        if images.device.type == "cuda" and self._plan is not None and not self._is_double(images):
+            reason = (
+                f"no CUDA kernels for {images.device}: {ops.missing_cuda() or 'its architecture is too old'}"
+            )
+        if self.backend == "auto" and reason and not self._warned:
             self._warned = True
-            warnings.warn(f"running on the reference path: {self._reason}", stacklevel=4)
+            warnings.warn(f"running on the reference path: {reason}", stacklevel=4)
         precision = self.precision_for(images)
         if precision == "float16" and images.device.type == "cpu":
             raise ValueError(
@@ -316,6 +323,10 @@ class Projector(nn.Module):
         device = self._device()
         if device is not None and images.device != device:
             raise ValueError(f"images must be on the generator's device ({device}), got {images.device}")
+        if self.backend in ("cpu", "cuda") and images.device.type != self.backend:
+            raise ValueError(
+                f'images must be on a {self.backend} device with backend="{self.backend}", got {images.device}'
+            )
         if z0 is None:
             return
         if not isinstance(z0, Tensor):
@@ -385,7 +396,10 @@ class Projector(nn.Module):
         return any(p.dtype == torch.float64 for p in self.generator.parameters())
 
     def _kernel_can_take(self, images: Tensor) -> bool:
-        return images.device.type == "cpu" and not self._is_double(images)
+        if self._is_double(images):
+            return False
+        device = images.device
+        return device.type == "cpu" or (device.type == "cuda" and ops.cuda_kernels_run_on(device.index or 0))
 
     def _start(self, images: Tensor, z0: Tensor | None, seed: int | None) -> Tensor:
         if z0 is not None:

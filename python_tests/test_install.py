@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import types
 import venv
 import zipfile
 from pathlib import Path
@@ -236,10 +237,21 @@ def test_metadata_has_the_version_of_the_package():
 
 
 @in_checkout
-def test_objects_do_not_overwrite_each_other():
+def test_objects_do_not_overwrite_each_other(tmp_path):
     # A build on first import puts all objects in one folder under the name of their source.
-    names = [path.name for path in _build.source_files(CSRC)]
-    assert len(names) == len(set(names)) > 3
+    sources = _build.source_files(CSRC, cuda=True)
+    names = {_extension._under_its_own_name(path, CSRC, tmp_path).stem for path in sources}
+    assert len(names) == len(sources) > 3
+
+
+@in_checkout
+def test_builds_with_cuda_have_more_sources():
+    plain, cuda = set(_build.source_files(CSRC)), set(_build.source_files(CSRC, cuda=True))
+    assert {path.name for path in cuda - plain} == {
+        "project_op_cuda.cpp",
+        *(path.name for path in _build.cuda_source_files(CSRC)),
+    }
+    assert plain < cuda <= set(_build.shipped_files(CSRC))
 
 
 @in_checkout
@@ -254,8 +266,10 @@ def test_fingerprint_follows_sources_headers_and_flags(tmp_path, monkeypatch):
     with (copy / "plan.h").open("a") as header:
         header.write("// changed\n")
     assert _build.fingerprint(copy) != before
-    monkeypatch.setattr(_build, "COMPILE_FLAGS", [*_build.COMPILE_FLAGS, "-g"])
-    assert _build.fingerprint(CSRC) != before
+    for name in ("COMPILE_FLAGS", "NVCC_FLAGS"):
+        monkeypatch.setattr(_build, name, [*getattr(_build, name), "-g"])
+        assert _build.fingerprint(CSRC) != before
+        monkeypatch.undo()
 
 
 @in_checkout
@@ -263,6 +277,19 @@ def test_cache_key_follows_torch(monkeypatch):
     before = _extension._cache_key(CSRC)
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
     assert "torch2.99.0_cu999" in _extension._cache_key(CSRC) != before
+
+
+def test_cache_key_follows_the_toolkit_and_the_architectures(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    keys = {_extension._cache_key(CSRC)}
+    for name, value in (("CUDA_HOME", "/cuda"), ("TORCH_CUDA_ARCH_LIST", "9.0"), ("PATH", "/nowhere")):
+        monkeypatch.setenv(name, value)
+        keys.add(_extension._cache_key(CSRC))
+    assert len(keys) >= 3
+    monkeypatch.setattr(torch.version, "cuda", None)
+    before = _extension._cache_key(CSRC)
+    monkeypatch.setenv("CUDA_HOME", "/other")
+    assert _extension._cache_key(CSRC) == before
 
 
 @pytest.mark.parametrize(
@@ -305,6 +332,78 @@ def test_cuda_is_decided_by_torch_and_toolkit(torch_cuda, home, nvcc, sources, u
     decision = _build.decide_cuda("2.13.0", torch_cuda, home, nvcc, sources)
     assert decision.use is use
     assert reason in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "capabilities", "expected"),
+    [
+        ("13.0", [], "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),
+        ("12.6", [], "8.0;8.6;8.9;9.0+PTX"),
+        ("13.0", ["9.0", "9.0"], "9.0+PTX"),
+        ("13.0", ["8.6", "9.0"], "8.6;9.0+PTX"),
+        ("13.0", ["8.7", "10.3"], "8.6;10.0+PTX"),  # machine code runs on later minor versions
+        ("12.6", ["12.0"], "9.0+PTX"),  # newer than the toolkit: from PTX
+        ("13.0", ["7.5"], "8.0;8.6;8.9;9.0;10.0;12.0+PTX"),  # too old for any kernel
+    ],
+)
+def test_architectures_are_those_in_sight_or_all_that_the_toolkit_knows(nvcc, capabilities, expected):
+    assert _build.architecture_list(nvcc, capabilities) == expected
+
+
+def test_the_toolkit_is_found_behind_a_script(tmp_path, monkeypatch):
+    """The nvcc on PATH may call another one: the folder above it then has no headers."""
+    home, scripts = tmp_path / "cuda", tmp_path / "scripts"
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    scripts.mkdir()
+    (scripts / "nvcc").write_text(f"#!/bin/sh\necho '#$ TOP={home}/bin/..' >&2\n")
+    (scripts / "nvcc").chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(scripts), prepend=os.pathsep)
+    assert _build.cuda_home() == str(home)
+    monkeypatch.setenv("CUDA_PATH", "/elsewhere")
+    assert _build.cuda_home() == "/elsewhere"
+
+
+def test_capabilities_are_asked_of_the_driver(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _build.visible_capabilities() == []
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 9.0; echo 8.6\n")
+    tool.chmod(0o755)
+    assert _build.visible_capabilities() == ["9.0", "8.6"]
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert _build.visible_capabilities() == []
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_cuda_that_does_not_compile_costs_no_more_than_cuda(fails, tmp_path, monkeypatch, capsys):
+    """Building on first import goes on without the kernels for GPUs, and says why there are none."""
+    module = types.ModuleType("defgan_fast_C")
+    tried = []
+
+    def compile_(csrc, folder, decision):
+        tried.append(decision.use)
+        library = folder / f"defgan_fast_C_v{len(tried)}.so"
+        if decision.use and fails:
+            raise RuntimeError("Error building extension\nhost.h:3: error: unsupported GNU version")
+        library.touch()
+        module.__file__ = str(library)
+        return module, {"torch": torch.__version__, "cuda": decision.use, "reason": decision.reason}
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(_extension, "cuda_decision", lambda: _build.Decision(True, "CUDA 13.0 in /cuda"))
+    monkeypatch.setattr(_extension, "_compile", compile_)
+    monkeypatch.setattr(_extension, "_import_file", lambda library: library)
+    assert _extension._on_first_import() is module
+    assert tried == ([True, False] if fails else [True])
+    folder = Path(module.__file__).parent
+    status = _extension._told("on first import", "", module, folder)
+    why = "compiling them failed: host.h:3: error: unsupported GNU version"
+    assert status["without_cuda"] == (why if fails else None)
+    assert (why in capsys.readouterr().err) == fails
+    assert str(_extension._on_first_import()) == module.__file__  # the next import finds what was built
 
 
 def test_nvcc_version_is_read_from_what_it_prints(tmp_path):

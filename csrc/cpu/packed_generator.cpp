@@ -328,13 +328,6 @@ void pack_map(PackedLayer& packed, const std::vector<Parameter>& parameters) {
     }
 }
 
-// Whether an input position gives the same matrix's product to several outputs (upsampling wider than the kernel).
-bool shares_products(const Links& links) {
-  for (size_t i = 1; i < links.links.size(); ++i)
-    if (links.links[i].set == links.links[i - 1].set && links.links[i].in == links.links[i - 1].in) return true;
-  return false;
-}
-
 // Lane-multiply-adds that the two forms of the last layer would take; the lesser wins. A column belongs to one
 // pixel at most, so that the pixel's gradient can be stored there.
 bool columns_are_cheaper(const Layer& l, const Links& ys, const Links& xs, int lanes) {

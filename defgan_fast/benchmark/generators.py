@@ -60,8 +60,32 @@ def upsampling(latent_size: int = 64, width: int = 64) -> nn.Module:
     )
 
 
+class Crop(nn.Module):
+    """[N, C, H, W] -> its first `size` rows and columns."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, : self.size, : self.size]
+
+
+def mnist_tensorflow(latent_size: int = 128, width: int = 64) -> nn.Module:
+    """The MNIST geometry as the released code's framework aligns it: one pixel of padding, and crops."""
+    layers: list[nn.Module] = [
+        nn.Linear(latent_size, 64 * width),
+        nn.ReLU(),
+        nn.Unflatten(1, (4 * width, 4, 4)),
+    ]
+    for before, after, size in ((4 * width, 2 * width, 7), (2 * width, width, 14), (width, 1, 28)):
+        layers += [nn.ConvTranspose2d(before, after, 5, 2, 1), Crop(size), nn.ReLU()]
+    return Chain(latent_size, *layers[:-1], nn.Sigmoid())
+
+
 GENERATORS: dict[str, Callable[[], nn.Module]] = {
     "mnist": Generator,
+    "mnist_tensorflow": mnist_tensorflow,
     "digits": lambda: Generator(latent_size=64, width=32),
     "celeba": CelebaGenerator,
     "dcgan": dcgan,

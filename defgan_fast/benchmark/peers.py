@@ -1,9 +1,9 @@
-"""The same projection by other means: eager PyTorch, a compiled step, and a JAX loop where JAX is installed.
+"""The same projection by other means: eager PyTorch, a compiled step, a CUDA graph, and a JAX loop.
 
 Every peer runs L steps of heavy-ball descent from the same starting points and returns the final errors, as
 the kernels do, and is written the way a careful user of that library would write it: rows flattened once,
-weights in the layout and type that suit it, no work inside the loop that belongs outside. A bfloat16 peer
-runs the network in bfloat16 and keeps z, the momentum and the loss in float32, as the kernels do.
+weights in the layout and type that suit it, no work inside the loop that belongs outside. A 16-bit peer
+runs the network in 16 bits and keeps z, the momentum and the loss in float32, as the kernels do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ MOMENTUM = 0.7
 LEARNING_RATE = 10.0
 LR_DECAY = 0.1
 DECAY_AT = 0.8
+
+DTYPES = {**PRECISIONS, "float16": torch.float16}
 
 Run = Callable[[int], torch.Tensor]
 
@@ -103,6 +106,24 @@ def pytorch_peers(compiled: bool = True) -> list[Peer]:
     return peers
 
 
+def gpu_peers(compiled: bool = True) -> list[Peer]:
+    """PyTorch on a GPU, each way in the precision and layout that suit it.
+
+    float32 with TF32 in products and convolutions, as far as the caller allows it; float16 with channels_last, which
+    is what cuDNN's tensor-core kernels want.
+    """
+    peers = [
+        Peer("eager NCHW", "float32", _pytorch("float32", "NCHW", _eager_step)),
+        Peer("eager channels_last", "float16", _pytorch("float16", "channels_last", _eager_step)),
+        Peer("CUDA graph channels_last", "float16", _graphed("float16", "channels_last")),
+    ]
+    if compiled:
+        for mode in ("default", "reduce-overhead"):
+            prepare = _pytorch("float16", "channels_last", partial(_compiled_step, mode=mode))
+            peers.append(Peer(f"torch.compile {mode} channels_last", "float16", prepare))
+    return peers
+
+
 def jax_peers() -> list[Peer]:
     """A jitted JAX loop in float32, where JAX is installed."""
     return [Peer("jax jit", "float32", _jax)] if importlib.util.find_spec("jax") else []
@@ -118,15 +139,16 @@ def row_errors(generator: nn.Module, z: torch.Tensor, images: torch.Tensor) -> t
     return (generator(z) - images).square().flatten(1).mean(1)
 
 
-class _Bfloat16(nn.Module):
-    """The network in bfloat16 between a float32 latent and a float32 image."""
+class _Narrow(nn.Module):
+    """The network in 16 bits between a float32 latent and a float32 image."""
 
-    def __init__(self, generator: nn.Module) -> None:
+    def __init__(self, generator: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.generator = generator
+        self.generator = generator.to(dtype)
+        self.dtype = dtype
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.generator(z.bfloat16()).float()
+        return self.generator(z.to(self.dtype)).float()
 
 
 Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -144,7 +166,7 @@ def _eager_step(generator: nn.Module) -> Step:
     return step
 
 
-def _compiled_step(generator: nn.Module) -> Step:
+def _compiled_step(generator: nn.Module, mode: str = "default") -> Step:
     def step(
         z: torch.Tensor, velocity: torch.Tensor, images: torch.Tensor, rate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,28 +174,80 @@ def _compiled_step(generator: nn.Module) -> Step:
         velocity = MOMENTUM * velocity + gradient
         return z - rate * velocity, velocity
 
-    return torch.compile(step, fullgraph=True, dynamic=False)
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, mode=mode)
+    if mode == "default":
+        return compiled
+
+    def graphed(
+        z: torch.Tensor, velocity: torch.Tensor, images: torch.Tensor, rate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The graph writes its results where it wrote the last ones, and copies inputs that may move; these do not.
+        torch._dynamo.mark_static_address(images)
+        torch.compiler.cudagraph_mark_step_begin()
+        z, velocity = compiled(z, velocity, images, rate)
+        return z.clone(), velocity.clone()
+
+    return graphed
+
+
+def network_in(generator: nn.Module, precision: str, layout: str = "NCHW") -> nn.Module:
+    """A copy of the generator that takes and returns float32 and computes in `precision`."""
+    network = copy.deepcopy(generator)
+    if layout == "channels_last":
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network if precision == "float32" else _Narrow(network, DTYPES[precision])
+
+
+def _loop(precision: str, layout: str, make_step: Callable[[nn.Module], Step], work: Work) -> Run:
+    """All steps, one call of the step function each."""
+    step = make_step(network_in(work.generator, precision, layout))
+    images, z0 = rows_of(work)
+    if layout == "channels_last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    rates: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def run(steps: int) -> torch.Tensor:
+        if steps not in rates:
+            # Tensors, so that a compiled step does not specialise on the rate
+            rates[steps] = torch.tensor(learning_rates(steps), device=z0.device).unbind()
+        z, velocity = z0.clone(), torch.zeros_like(z0)
+        for rate in rates[steps]:
+            z, velocity = step(z, velocity, images, rate)
+        with torch.no_grad():
+            return row_errors(work.generator, z, images).view(work.z0.shape[:2])
+
+    return run
 
 
 def _pytorch(precision: str, layout: str, make_step: Callable[[nn.Module], Step]) -> Callable[[Work], Run]:
+    return lambda work: _loop(precision, layout, make_step, work)
+
+
+def _graphed(precision: str, layout: str) -> Callable[[Work], Run]:
+    """The eager loop with all its steps captured in one CUDA graph, so that nothing waits for Python."""
+
     def prepare(work: Work) -> Run:
-        network = copy.deepcopy(work.generator).to(PRECISIONS[precision])
-        if layout == "channels_last":
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if precision == "bfloat16":
-            network = _Bfloat16(network)
-        step = make_step(network)
-        images, z0 = rows_of(work)
-        if layout == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
+        loop = _loop(precision, layout, _eager_step, work)
+        graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+        def capture(steps: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+            loop(steps)  # outside of the capture: uploads the rates
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # cuDNN chooses its algorithms, and autograd sees this stream
+                loop(min(steps, 3))
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                return graph, loop(steps)
 
         def run(steps: int) -> torch.Tensor:
-            z, velocity = z0.clone(), torch.zeros_like(z0)
-            for rate in learning_rates(steps):
-                # A tensor, so that a compiled step does not specialise on the rate
-                z, velocity = step(z, velocity, images, torch.tensor(rate))
-            with torch.no_grad():
-                return row_errors(work.generator, z, images).view(work.z0.shape[:2])
+            if steps not in graphs:
+                graphs.clear()  # a graph keeps its memory
+                graphs[steps] = capture(steps)
+            graph, errors = graphs[steps]
+            graph.replay()
+            return errors.clone()
 
         return run
 

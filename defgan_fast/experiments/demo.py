@@ -53,7 +53,7 @@ class Reconstructions(NamedTuple):
 def add_parser(subparsers: Any) -> None:
     """Register ``demo`` with the command line."""
     parser = subparsers.add_parser("demo", help="defend real images against FGSM and an adaptive attack")
-    parser.add_argument("--dataset", choices=data.DATASETS, default="digits")
+    parser.add_argument("--dataset", choices=tuple(IMAGES_ADAPTIVE), default="digits")
     parser.add_argument(
         "--root", help="folder of the data files (default: $DEFGAN_DATA/NAME, cache, download)"
     )

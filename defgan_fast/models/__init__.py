@@ -1,4 +1,4 @@
-"""The networks of the paper: generators, critic and classifiers A to F (appendix C, tables 5 and 6).
+"""The networks of the paper: generators, critic, classifiers A to F and MagNet's autoencoder (appendix C).
 
 Models know nothing of training. Each keeps the arguments it was built with as ``config``, a dictionary that
 serialises to JSON, so that a weight file can say how to rebuild the module that it belongs to.
@@ -10,14 +10,25 @@ from typing import Any
 
 from torch import nn
 
+from defgan_fast.models._layers import to_channels_last
+from defgan_fast.models.autoencoder import Autoencoder, Reformer
 from defgan_fast.models.classifier import Classifier
 from defgan_fast.models.critic import Critic
 from defgan_fast.models.generator import CelebaGenerator, Generator
 
-__all__ = ["CelebaGenerator", "Classifier", "Critic", "Generator", "build"]
+__all__ = [
+    "Autoencoder",
+    "CelebaGenerator",
+    "Classifier",
+    "Critic",
+    "Generator",
+    "Reformer",
+    "build",
+    "to_channels_last",
+]
 
 _CLASSES: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (CelebaGenerator, Classifier, Critic, Generator)
+    cls.__name__: cls for cls in (Autoencoder, CelebaGenerator, Classifier, Critic, Generator)
 }
 
 

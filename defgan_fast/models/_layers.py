@@ -1,12 +1,15 @@
-"""What several models share: the initialisation, and TensorFlow's SAME padding."""
+"""What several models share: initialisation, layout in memory, and TensorFlow's SAME padding."""
 
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def initialise(model: nn.Module) -> None:
@@ -28,6 +31,14 @@ def initialise(model: nn.Module) -> None:
         nn.init.uniform_(module.weight, -bound, bound)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def to_channels_last(model: ModuleT, device: torch.device) -> ModuleT:
+    """Move ``model`` with its weights in the layout that convolution libraries compute in.
+
+    Other layouts they reorder at every call. Values, and what is saved, stay the same.
+    """
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:

@@ -55,6 +55,8 @@ class Generator(nn.Module):
         torch.Size([2, 1, 28, 28])
     """
 
+    value_range = (0.0, 1.0)
+
     def __init__(
         self, latent_size: int = 128, width: int = 64, image_shape: Sequence[int] = (1, 28, 28)
     ) -> None:
@@ -103,6 +105,8 @@ class CelebaGenerator(nn.Module):
         >>> CelebaGenerator(batch_norm=True)(torch.zeros(2, 128)).shape
         torch.Size([2, 3, 64, 64])
     """
+
+    value_range = (-1.0, 1.0)
 
     def __init__(
         self,

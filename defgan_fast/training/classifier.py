@@ -1,7 +1,8 @@
 """Training of classifiers A to F: Adam at 1e-3, batches of 128, 10 epochs, as in the released code.
 
-The classifier is trained on the images themselves (Defense-GAN-Orig in the paper). The optional changes of
-shape, contrast and noise are for the digits, whose training part is small.
+The images are the data set's own (Defense-GAN-Orig in the paper), their reconstructions (-Rec), or both.
+Adversarial training averages the loss over clean images and FGSM examples made against the network as it is
+at that step. The optional changes of shape, contrast and noise are for the digits, whose training part is small.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from defgan_fast import models
+from defgan_fast.attacks import fgsm
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
+
+SOURCES = ("images", "reconstructions", "both")
 
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """Everything that decides a training run, apart from the data and the number of threads."""
+    """Everything that decides a training run, apart from the data and the number of threads.
+
+    ``on`` says what the images are: "images", "reconstructions" or "both". ``adversarial`` is FGSM's epsilon
+    (paper: 0.3 and 0.15), 0 for none.
+    """
 
     arch: str = "F"
     epochs: int = 10
@@ -28,6 +36,8 @@ class ClassifierSettings:
     lr: float = 1e-3
     augment: float = 0.0
     corrupt: float = 0.0
+    adversarial: float = 0.0
+    on: str = "images"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,6 +50,10 @@ class ClassifierSettings:
             raise ValueError(f"augment must be at least 0, got {self.augment}")
         if self.corrupt < 0:
             raise ValueError(f"corrupt must be at least 0, got {self.corrupt}")
+        if self.adversarial < 0:
+            raise ValueError(f"adversarial must be at least 0, got {self.adversarial}")
+        if self.on not in SOURCES:
+            raise ValueError(f"on must be one of {', '.join(SOURCES)}, got {self.on!r}")
 
     def steps(self, images: int) -> int:
         """Number of batches in all epochs."""
@@ -51,10 +65,12 @@ class ClassifierTrainer:
 
     Args:
         settings: see :class:`ClassifierSettings`.
-        images: [N, C, H, W] float32.
-        labels: [N] int64 in 0..9.
+        images: [N, C, H, W] float32 in ``value_range``.
+        labels: [N] int64 in 0..classes - 1.
         data_hash: fingerprint of images and labels, kept with checkpoints.
         device: where to train.
+        classes: number of classes.
+        value_range: of the pixels; adversarial examples stay in it.
     """
 
     def __init__(
@@ -64,8 +80,10 @@ class ClassifierTrainer:
         labels: torch.Tensor,
         data_hash: str,
         device: torch.device | str = "cpu",
+        classes: int = 10,
+        value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        self.options = settings
+        self.options, self.value_range = settings, value_range
         self.settings: dict[str, Any] = {**asdict(settings), "data": data_hash}
         # More epochs only continue the run.
         del self.settings["epochs"]
@@ -74,7 +92,8 @@ class ClassifierTrainer:
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = models.Classifier(settings.arch, list(images.shape[1:])).to(self.device)
+            model = models.Classifier(settings.arch, list(images.shape[1:]), classes)
+        self.model = models.to_channels_last(model, self.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.random = torch.Generator().manual_seed(settings.seed)
         self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)
@@ -84,15 +103,23 @@ class ClassifierTrainer:
         chosen = self.batches.next().to(self.device)
         images = random_affine(self.images[chosen], self.options.augment, self.random)
         images = random_corruption(images, self.options.corrupt, self.random)
+        labels = self.labels[chosen]
+        attacked = self._attack(images, labels) if self.options.adversarial else None
         self.model.train()
         logits = self.model(images)
-        loss = F.cross_entropy(logits, self.labels[chosen])
+        loss = F.cross_entropy(logits, labels)
+        if attacked is not None:
+            loss = (loss + F.cross_entropy(self.model(attacked), labels)) / 2
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
         self.step += 1
-        accuracy_train = (logits.argmax(1) == self.labels[chosen]).float().mean()
+        accuracy_train = (logits.argmax(1) == labels).float().mean()
         return {"loss": loss.detach(), "accuracy_train": accuracy_train}
+
+    def _attack(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Without dropout: the examples are to be those of the network that will be attacked.
+        return fgsm(self.model.eval(), images, labels, self.options.adversarial, self.value_range)
 
     def state(self) -> dict[str, Any]:
         """Weights, optimiser, random state and data order."""

@@ -1,14 +1,15 @@
 """The loop around every trainer: progress bar, metrics, checkpoints, and a clean end at any moment.
 
 A checkpoint holds everything that decides the following steps: weights, optimisers, random state and data
-order. It is written under a temporary name, flushed to the disk and renamed, so that a run that was killed at
-any moment resumes from a whole one and ends with the same bits as a run that was never stopped (on the same
-machine with the same number of threads).
+order, and what was measured on the way. It is written under a temporary name, flushed to the disk and renamed,
+so that a run that was killed at any moment resumes from a whole one and ends with the same bits as a run that
+was never stopped (on the same machine with the same number of threads). Of several processes the first writes.
 """
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import signal
 import threading
@@ -21,10 +22,13 @@ from typing import Any, Protocol
 import torch
 
 from defgan_fast import progress
+from defgan_fast.training import distributed
 from defgan_fast.weights import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"
+QUALITY = "quality.csv"
+TENSORBOARD = "tensorboard"
 FORMAT = "defgan_fast training 1"
 
 
@@ -49,6 +53,21 @@ class Trainer(Protocol):
         """The inverse of :meth:`state`."""
 
 
+class Evaluator(Protocol):
+    """What the loop needs of a measurement that is made during training."""
+
+    rows: list[dict[str, Any]]  # one for each evaluation, its step first
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure, append to ``rows``, keep what is best so far."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that later evaluations and the choice of the best depend on."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+
+
 def run(
     trainer: Trainer,
     steps: int,
@@ -59,6 +78,8 @@ def run(
     log_every: int = 20,
     sample_every: int = 0,
     on_sample: Callable[[int], None] | None = None,
+    evaluate_every: int = 0,
+    evaluator: Evaluator | None = None,
     title: str = "training",
 ) -> None:
     """Advance ``trainer`` until it has made ``steps`` steps, and leave a checkpoint.
@@ -66,19 +87,23 @@ def run(
     Args:
         trainer: the trainer, fresh; its settings must equal those of the checkpoint it resumes from.
         steps: total number of steps, those before the resumption counted.
-        out: folder for ``checkpoint.pt`` and ``metrics.csv``; made if need be.
+        out: folder for ``checkpoint.pt``, ``metrics.csv``, ``quality.csv``, and where the package tensorboard
+            is installed, for its files; made if need be.
         resume: continue from the checkpoint in ``out`` if there is one. Without it a checkpoint in ``out``
             is an error, so that no finished run is overwritten by accident.
         checkpoint_every: steps between checkpoints.
         log_every: steps between rows of the metrics and updates of the bar.
         sample_every: steps between calls of ``on_sample``; 0 for none.
         on_sample: called with the step after it.
+        evaluate_every: steps between evaluations, the last step always included; 0 for none.
+        evaluator: see :class:`Evaluator`; called in the first process only.
         title: name of the progress bar.
 
     Raises:
         Interrupted: a first SIGINT or SIGTERM arrived; the state was saved at the end of the step.
         FileExistsError, ValueError: see ``resume``; and a damaged checkpoint, which is named.
     """
+    first_process = distributed.rank() == 0
     out.mkdir(parents=True, exist_ok=True)
     path = out / CHECKPOINT
     devices = [trainer.device] if trainer.device.type == "cuda" else []
@@ -87,13 +112,39 @@ def run(
         torch.manual_seed(int(trainer.settings["seed"]))
         if path.exists() and not resume:
             raise FileExistsError(f"{path} exists: continue it with --resume, or choose another --out")
-        if path.exists():
-            _restore(trainer, path)
+        resumed = path.exists()
+        if resumed:
+            _restore(trainer, path, evaluator)
+        distributed.wait()
         rows = _read_metrics(out / METRICS, trainer.step)
         started, first = time.perf_counter(), trainer.step
-        saved = trainer.step if path.exists() else -1
-        with progress.bar(steps, title, "step", initial=trainer.step) as bar:
-            while trainer.step < steps and not stop.is_set():
+        saved = trainer.step if resumed else -1
+
+        def save() -> None:
+            nonlocal saved
+            if first_process:
+                _save(trainer, path, rows, out, evaluator)
+            saved = trainer.step
+
+        def evaluate_if_due() -> None:
+            step = trainer.step
+            if not (evaluator and evaluate_every and step) or (step % evaluate_every and step != steps):
+                return
+            if first_process and (not evaluator.rows or int(evaluator.rows[-1]["step"]) < step):
+                # An evaluation may take as long as hundreds of steps: losing them would be worse.
+                if saved != step:
+                    save()
+                with torch.random.fork_rng(devices=devices):
+                    write(evaluator.evaluate(step), step)
+                save()
+            distributed.wait()
+
+        with (
+            progress.bar(steps, title, "step", initial=trainer.step, quiet=not first_process) as bar,
+            _scalars(out, trainer.step, first_process) as write,
+        ):
+            evaluate_if_due()  # of a run that was stopped while it did
+            while trainer.step < steps and not _stopped(stop, trainer, log_every):
                 metrics = trainer.advance()
                 bar.update()
                 step = trainer.step
@@ -102,13 +153,20 @@ def run(
                     rate = (step - first) / (time.perf_counter() - started)
                     rows.append({"step": step, **values, "steps_per_second": round(rate, 3)})
                     bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-                if sample_every and on_sample and (step % sample_every == 0 or step == steps):
+                    write(values, step)
+                if (
+                    first_process
+                    and sample_every
+                    and on_sample
+                    and (step % sample_every == 0 or step == steps)
+                ):
                     on_sample(step)
-                if step % checkpoint_every == 0:
-                    _save(trainer, path, rows, out)
-                    saved = step
+                evaluate_if_due()
+                if step % checkpoint_every == 0 and saved != step:
+                    save()
         if saved != trainer.step:
-            _save(trainer, path, rows, out)
+            save()
+        distributed.wait()
         if stop.is_set() and trainer.step < steps:
             raise Interrupted(f"interrupted at step {trainer.step} of {steps}; continue with --resume")
 
@@ -133,7 +191,40 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _save(trainer: Trainer, path: Path, rows: list[dict[str, Any]], out: Path) -> None:
+def _stopped(stop: threading.Event, trainer: Trainer, every: int) -> bool:
+    """Whether to stop here. Several processes have to agree, which costs a message: they ask now and then."""
+    if distributed.world() == 1:
+        return stop.is_set()
+    if trainer.step % every:
+        return False
+    if distributed.any_true(stop.is_set(), trainer.device):
+        stop.set()
+    return stop.is_set()
+
+
+@contextmanager
+def _scalars(out: Path, step: int, wanted: bool) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """Writes values to TensorBoard where it is installed; what a stopped run wrote after ``step`` is hidden."""
+    if not wanted or importlib.util.find_spec("tensorboard") is None:
+        yield lambda values, step: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1 if step else None)
+
+    def write(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    try:
+        yield write
+    finally:
+        writer.close()
+
+
+def _save(
+    trainer: Trainer, path: Path, rows: list[dict[str, Any]], out: Path, evaluator: Evaluator | None
+) -> None:
     random: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(trainer.device)
@@ -145,15 +236,18 @@ def _save(trainer: Trainer, path: Path, rows: list[dict[str, Any]], out: Path) -
             "step": trainer.step,
             "random": random,
             "trainer": trainer.state(),
+            "evaluator": evaluator.state() if evaluator else None,
         },
         buffer,
     )
     # Metrics first: rows after the checkpoint's step are dropped on resumption, missing ones would be lost.
     _write_metrics(out / METRICS, rows)
+    if evaluator:
+        _write_metrics(out / QUALITY, evaluator.rows)
     write_atomically(path, buffer.getvalue())
 
 
-def _restore(trainer: Trainer, path: Path) -> None:
+def _restore(trainer: Trainer, path: Path, evaluator: Evaluator | None) -> None:
     checkpoint = load_checkpoint(path)
     for name, value in trainer.settings.items():
         before = checkpoint["settings"].get(name)
@@ -161,6 +255,8 @@ def _restore(trainer: Trainer, path: Path) -> None:
             raise ValueError(f"{path} was made with {name} {before!r}, got {name} {value!r}")
     trainer.restore(checkpoint["trainer"])
     trainer.step = checkpoint["step"]
+    if evaluator and checkpoint["evaluator"]:
+        evaluator.restore(checkpoint["evaluator"])
     torch.set_rng_state(checkpoint["random"]["cpu"])
     if trainer.device.type == "cuda" and "cuda" in checkpoint["random"]:
         torch.cuda.set_rng_state(checkpoint["random"]["cuda"], trainer.device)

@@ -1,10 +1,19 @@
 """How good a generator and a classifier are together, as a defence: the figures in the cards of weight files.
 
 Samples may look fine while projections are poor, so what counts is measured the way the defence is used: the
-error of the reconstructions, and the classifier's accuracy on them, clean and under FGSM.
+error of the reconstructions, and the classifier's accuracy on them, clean and under FGSM. During training the
+clean part of it is measured on validation images, and decides which average of the generator is kept; the
+error against the number of steps is what equation 7 of the paper says must fall. The classifier also looks
+at samples: a generator that has lost a class, or that draws between classes, shows it there.
 """
 
 from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,14 +22,23 @@ from defgan_fast import data, progress
 from defgan_fast.attacks import fgsm
 from defgan_fast.projector import Projector
 from defgan_fast.training.classifier import accuracy
+from defgan_fast.training.reconstructions import cached, weights_hash
 
 EPSILON = 0.3
 # Images per call of the projector: short enough for a bar that moves and an interruption that is heard.
 GROUP = 5
+SAMPLES = 1000
 
 
 def measure(
-    generator: nn.Module, classifier: nn.Module, dataset: data.Dataset, steps: int = 200, restarts: int = 10
+    generator: nn.Module,
+    classifier: nn.Module,
+    dataset: data.Dataset,
+    steps: int = 200,
+    restarts: int = 10,
+    count: int | None = None,
+    attacked: int | None = None,
+    cache: Path | None = None,
 ) -> dict[str, float]:
     """Project clean and attacked images and classify both.
 
@@ -29,28 +47,151 @@ def measure(
         classifier: images -> logits; also the one that is attacked.
         dataset: images in [0, 1] and labels.
         steps, restarts: L and R.
+        count: the first so many images are projected (default: all).
+        attacked: the first so many of these are attacked, too (default: all).
+        cache: folder for reconstructions, so that an interrupted measurement goes on, and one on more images
+            later takes what is there.
 
     Returns:
-        Number of images, mean reconstruction error of the clean ones, and the four accuracies.
+        Number of images, mean reconstruction error of the clean ones, and the accuracies.
     """
     projector = Projector(generator, steps=steps, restarts=restarts)
-    images, labels = dataset
-    attacked = fgsm(classifier.eval(), images, labels, EPSILON)
-    found: list[list[torch.Tensor]] = [[], []]
-    errors = []
-    with progress.bar(2 * len(images), "quality", "image") as bar, torch.no_grad():
-        for kind, batch in enumerate((images, attacked)):
-            for group in batch.split(GROUP):
-                result = projector.project(group)
-                found[kind].append(result.images)
-                if kind == 0:
-                    errors.append(result.errors)
-                bar.update(len(group))
-    return {
-        "images": len(images),
-        "reconstruction_error": float(torch.cat(errors).double().mean()),
+    count = len(dataset.images) if count is None else min(count, len(dataset.images))
+    attacked = count if attacked is None else min(attacked, count)
+    images, labels = dataset.images[:count], dataset.labels[:count]
+    data_hash = data.fingerprint(dataset)
+    defended, errors = _kept_or_projected(projector, dataset.images, count, data_hash, cache)
+    figures = {
+        "images": count,
+        "reconstruction_error": float(errors.double().mean()),
         "accuracy_clean": accuracy(classifier, images, labels),
-        "accuracy_clean_defended": accuracy(classifier, torch.cat(found[0]), labels),
-        "accuracy_attacked": accuracy(classifier, attacked, labels),
-        "accuracy_attacked_defended": accuracy(classifier, torch.cat(found[1]), labels),
+        "accuracy_clean_defended": accuracy(classifier, defended, labels),
     }
+    if attacked:
+        images, labels = images[:attacked], labels[:attacked]
+        adversarial = fgsm(classifier.eval(), images, labels, EPSILON)
+        attack_hash = f"{data_hash} FGSM {EPSILON} {weights_hash(classifier)}"
+        defended, _ = _kept_or_projected(projector, adversarial, attacked, attack_hash, cache)
+        figures |= {
+            "images_attacked": attacked,
+            "accuracy_attacked": accuracy(classifier, adversarial, labels),
+            "accuracy_attacked_defended": accuracy(classifier, defended, labels),
+        }
+    return figures
+
+
+def _kept_or_projected(
+    projector: Projector, images: torch.Tensor, count: int, data_hash: str, cache: Path | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstructions and errors of the first ``count`` images, by way of the cache where there is one."""
+    if cache is not None:
+        return cached(projector, images, data_hash, cache, limit=count)
+    with progress.bar(count, "reconstructions", "image") as bar:
+        return _project(projector, images[:count], bar.update)
+
+
+def _project(
+    projector: Projector, images: torch.Tensor, on_group: Callable[[int], Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstructions [N, C, H, W] and their errors [N], in short calls."""
+    parts = []
+    with torch.no_grad():
+        for group in images.split(GROUP):
+            result = projector.project(group)
+            parts.append((result.images, result.errors))
+            on_group(len(group))
+    pictures, errors = zip(*parts, strict=True)
+    return torch.cat(pictures), torch.cat(errors)
+
+
+@torch.no_grad()
+def score_samples(classifier: nn.Module, samples: torch.Tensor) -> dict[str, float]:
+    """What a classifier makes of generated images [N, C, H, W].
+
+    Returns:
+        ``sample_confidence``, the mean largest probability, and ``sample_balance``, the entropy of the classes
+        found over that of equal shares: 1 where all classes are drawn equally often, 0 where only one is.
+    """
+    probabilities = torch.cat([classifier(part).softmax(1) for part in samples.split(256)])
+    shares = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1]) / len(samples)
+    entropy = -(shares * shares.clamp_min(1e-12).log()).sum()
+    return {
+        "sample_confidence": float(probabilities.amax(1).mean()),
+        "sample_balance": float(entropy / math.log(probabilities.shape[1])),
+    }
+
+
+class Evaluation:
+    """The quality of a generator in training, and the best weights so far.
+
+    Better is a higher accuracy on the reconstructions, and where that is the same, or there is no classifier,
+    a smaller reconstruction error.
+
+    Args:
+        generator: returns the module to be measured; it is copied.
+        samples: draws that many images from it, from the same latents each time.
+        dataset: validation images and their labels.
+        classifier: a fixed one, or None.
+        steps, restarts: L and R of the projections.
+    """
+
+    def __init__(
+        self,
+        generator: Callable[[], nn.Module],
+        samples: Callable[[int], torch.Tensor],
+        dataset: data.Dataset,
+        classifier: nn.Module | None,
+        steps: int = 200,
+        restarts: int = 10,
+    ) -> None:
+        self.generator, self.samples, self.dataset = generator, samples, dataset
+        self.classifier = classifier.eval() if classifier is not None else None
+        self.steps, self.restarts = steps, restarts
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # {"step", "weights"}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Measure; the figures go to ``rows``, the weights to ``best`` if no others were better."""
+        generator = copy.deepcopy(self.generator()).cpu().eval()
+        projector = Projector(generator, steps=self.steps, restarts=self.restarts)
+        images, labels = self.dataset
+        with progress.bar(len(images), f"quality at step {step}", "image") as bar:
+            reconstructions, errors = _project(projector, images, bar.update)
+        figures = {"reconstruction_error": float(errors.double().mean())}
+        if self.classifier is not None:
+            figures["accuracy_reconstructed"] = accuracy(self.classifier, reconstructions, labels)
+            figures |= score_samples(self.classifier, self.samples(SAMPLES))
+        before = min(map(_rank, self.rows), default=None)
+        self.rows.append({"step": step, **figures})
+        if before is None or _rank(figures) < before:
+            self.best = {"step": step, "weights": generator.state_dict()}
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        """Figures, best weights, and what the figures depend on."""
+        return {"rows": self.rows, "best": self.best, "settings": self._settings()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`.
+
+        Raises:
+            ValueError: the figures before were measured in another way, and cannot be compared.
+        """
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                before = state["settings"][name]
+                raise ValueError(f"quality was measured with {name} {before!r} before, got {value!r}")
+        self.rows, self.best = state["rows"], state["best"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "images": len(self.dataset.images),
+            "steps": self.steps,
+            "restarts": self.restarts,
+            "classifier": weights_hash(self.classifier) if self.classifier is not None else None,
+        }
+
+
+def _rank(figures: dict[str, Any]) -> tuple[float, float]:
+    """Less is better."""
+    return -figures.get("accuracy_reconstructed", 0.0), figures["reconstruction_error"]

@@ -30,7 +30,7 @@ def load_generator(name_or_path: str | os.PathLike[str]) -> nn.Module:
     """A trained generator, in eval mode on the CPU.
 
     Args:
-        name_or_path: "digits", or the name of another shipped generator, or the path of a weight file.
+        name_or_path: "digits", "mnist" or "fashion_mnist", which are shipped, or the path of a weight file.
 
     Returns:
         The module, latents [N, k] -> images [N, C, H, W].
@@ -48,19 +48,31 @@ def load_classifier(name_or_path: str | os.PathLike[str]) -> nn.Module:
     return _load(name_or_path, "classifier")
 
 
+def load_autoencoder(path: str | os.PathLike[str]) -> nn.Module:
+    """A trained autoencoder of MagNet, in eval mode on the CPU; none is shipped, errors as above."""
+    return _load(path, "autoencoder")
+
+
 def shipped(kind: str) -> list[str]:
     """Names of the shipped weights of one kind, "generator" or "classifier"."""
     ending = f"_{kind}{SUFFIX}"
     return sorted(path.name[: -len(ending)] for path in FOLDER.glob("*" + ending))
 
 
-def save(module: nn.Module, path: str | os.PathLike[str], card: dict[str, Any]) -> None:
+def save(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    card: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the module's weights with its card, atomically: temporary name, fsync, rename.
 
     Args:
         module: one of :mod:`defgan_fast.models`, which keep their constructor arguments as ``config``.
         path: the file, by custom ending in ``.safetensors``; its folder is made if need be.
         card: what there is to know about the weights; must serialise to JSON.
+        dtype: floating-point type to store them in (default: their own). Loading converts them back to
+            float32, so that float16 only halves the file and rounds.
 
     Raises:
         TypeError: the module is none of this package's models, or the card does not serialise.
@@ -75,7 +87,10 @@ def save(module: nn.Module, path: str | os.PathLike[str], card: dict[str, Any]) 
         "config": json.dumps(config),
         "card": json.dumps(card),
     }
-    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    tensors = {}
+    for key, value in module.state_dict().items():
+        stored = value.detach().cpu().contiguous()
+        tensors[key] = stored.to(dtype) if dtype is not None and stored.is_floating_point() else stored
     write_atomically(path, serialise(tensors, metadata=metadata))
 
 
@@ -120,7 +135,7 @@ def _resolve(name_or_path: str | os.PathLike[str], kind: str) -> Path:
         return Path(text)
     path = FOLDER / f"{text}_{kind}{SUFFIX}"
     if not path.is_file():
-        job = "gan" if kind == "generator" else "classifier"
+        job = {"generator": "gan", "autoencoder": "magnet"}.get(kind, kind)
         raise FileNotFoundError(
             f"no {kind} named {text!r} is shipped, there are: {', '.join(shipped(kind)) or 'none'}; "
             f"train one with: defgan-fast train {job} --dataset {text}"

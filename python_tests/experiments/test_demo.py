@@ -9,6 +9,7 @@ from PIL import Image
 from defgan_fast import cli, data, models, weights
 from defgan_fast.attacks import fgsm
 from defgan_fast.experiments import demo
+from defgan_fast.training.quality import score_samples
 
 KEYS = [
     "dataset",
@@ -101,16 +102,35 @@ def test_shipped_weights_defend():
         assert accuracy(projector(attacked)) >= accuracy(attacked) + 0.25
 
 
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "fashion_mnist"])
 @pytest.mark.parametrize("kind", ["generator", "classifier"])
-def test_shipped_card(kind):
-    card = weights.read_card(weights.FOLDER / f"digits_{kind}.safetensors")
-    assert card["data_sha256"] == data.fingerprint(data.load("digits"))
+def test_shipped_card(kind, dataset):
+    path = weights.FOLDER / f"{dataset}_{kind}.safetensors"
+    card = weights.read_card(path)
     assert card["command"].startswith("defgan-fast train ")
-    assert {"seed", "steps", "quality", "defgan_fast", "torch"} <= set(card)
+    assert {"seed", "steps", "quality", "defgan_fast", "torch", "machine", "data_sha256"} <= set(card)
+    if dataset == "digits":
+        assert card["data_sha256"] == data.fingerprint(data.load("digits"))
+    module = (weights.load_generator if kind == "generator" else weights.load_classifier)(dataset)
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "fashion_mnist"])
+def test_shipped_classifier_knows_the_shipped_generators_samples(dataset):
+    """All ten classes, and most samples without doubt: the two files belong together."""
+    generator, classifier = weights.load_generator(dataset), weights.load_classifier(dataset)
+    with torch.no_grad():
+        images = generator(
+            torch.randn(300, generator.latent_size, generator=torch.Generator().manual_seed(0))
+        )
+    assert 0 <= images.min() <= images.max() <= 1
+    found = score_samples(classifier, images)
+    assert found["sample_balance"] > 0.9
+    assert found["sample_confidence"] > 0.7
 
 
 def test_shipped_weights_are_small():
-    assert sum(path.stat().st_size for path in weights.FOLDER.glob("digits_*.safetensors")) < 5e6
+    assert sum(path.stat().st_size for path in weights.FOLDER.glob("*.safetensors")) < 15e6
 
 
 def test_trained_weights_are_found_where_training_puts_them(tmp_path, monkeypatch, capsys):
@@ -137,7 +157,9 @@ def test_trained_weights_are_found_where_training_puts_them(tmp_path, monkeypatc
     assert report["dataset"] == "mnist"
 
 
-def test_suggested_command_is_accepted():
+def test_suggested_command_is_accepted(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "shipped", lambda kind: [])
+    monkeypatch.chdir(tmp_path)
     parser = cli.build_parser()
     with pytest.raises(FileNotFoundError) as caught:
         demo._weights("generator", "fashion_mnist", None)

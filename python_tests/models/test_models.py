@@ -67,6 +67,32 @@ def test_critic_of_the_paper():
     assert torch.allclose(critic(images)[2:3], critic(images[2:3]), atol=1e-5)
 
 
+def test_critic_of_faces():
+    """Three halvings of 64x64, as for 28x28: 8x8 maps meet the last layer."""
+    critic = models.Critic(64, (3, 64, 64))
+    assert critic.layers[-1].in_features == 256 * 8 * 8
+    assert critic(torch.zeros(2, 3, 64, 64)).shape == (2,)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 64, 64), (1, 9, 8)])
+def test_autoencoder_of_the_paper(shape):
+    model = models.Autoencoder(image_shape=shape, width=8)
+    assert model(torch.rand(2, *shape)).shape == (2, *shape)
+    assert isinstance(model.decoder[-1], nn.Sigmoid)
+    assert isinstance(models.Autoencoder(4, 2, shape, signed=True).decoder[-1], nn.Tanh)
+
+
+def test_autoencoder_has_the_papers_encoder_and_its_mirror():
+    model = models.Autoencoder()
+    kinds = [type(layer).__name__ for layer in model.encoder]
+    assert kinds == ["Conv2d", "LeakyReLU"] * 3 + ["Flatten", "Linear", "Tanh"]
+    assert [layer.out_channels for layer in model.encoder if isinstance(layer, nn.Conv2d)] == [64, 128, 256]
+    assert model.encoder[-2].out_features == 128
+    encoded, decoded = parameters(model.encoder), parameters(model.decoder)
+    # The same weights; the biases are of the layers' other sides: 64 + 128 + 256 + 128 and 4096 + 128 + 64 + 1.
+    assert encoded - (64 + 128 + 256 + 128) == decoded - (4096 + 128 + 64 + 1)
+
+
 # Table 5 with the released code's paddings: A's second convolution sees 12x12, C's 13x13, B's last one 1x1.
 PARAMETERS = {
     "A": 64 * 25 + 64 + 64 * 64 * 25 + 64 + 64 * 12 * 12 * 128 + 128 + 1290,
@@ -122,6 +148,7 @@ def test_same_convolution_places_the_odd_zero_last():
         models.Generator(6, 4),
         models.CelebaGenerator(6, 4, batch_norm=True),
         models.Critic(4),
+        models.Autoencoder(6, 4, (3, 20, 17), signed=True),
         models.Classifier("C", (3, 20, 20), classes=2),
     ],
     ids=lambda model: type(model).__name__,

@@ -1,10 +1,13 @@
 """Checkpoints: a resumed run has the bits of one that was never stopped, however it was stopped."""
 
 import csv
+import importlib.util
 import os
+import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -104,15 +107,83 @@ def test_signal_saves_at_the_end_of_the_step(images, tmp_path):
     assert_same_bits(whole, resumed)
 
 
-def test_killed_run_resumes_to_the_same_bits(tmp_path):
-    """SIGKILL through the command line, in the middle of a run that saves at every step."""
+# All runs are forked from one process that has imported torch: importing it 24 times would take minutes.
+KILLS = 24
+KILL_AND_RESUME = textwrap.dedent(
+    """
+    import os, pathlib, random, signal, sys, time
+    import torch
+    torch.set_num_threads(1)
+    from defgan_fast.training import loop
+    from defgan_fast.training.wgan_gp import GanSettings, WganGp
+
+    folder, kills, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2]), 60
+    images = torch.rand(40, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    small = {"latent_size": 4, "width": 2, "critic_width": 2, "batch": 7, "critic_steps": 1, "augment": 1.0}
+    settings = GanSettings(steps=steps, lr_schedule="linear", **small)
+
+    def start(out):
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            # A checkpoint at every step: about half of the time is spent in writing it.
+            loop.run(WganGp(settings, images, "hash"), steps, out, resume=True, checkpoint_every=1)
+            os._exit(0)
+        return pid
+
+    started = time.perf_counter()
+    assert os.waitpid(start(folder / "whole"), 0)[1] == 0
+    whole = time.perf_counter() - started
+    random.seed(int(sys.argv[3]))
+    killed, reached = 0, []
+    while killed < kills:
+        pid = start(folder / "killed")
+        # Runs advance a little between kills, and the last one may not come too early.
+        time.sleep(random.uniform(0, 2.5 * whole / kills))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        path = folder / "killed" / loop.CHECKPOINT
+        reached.append(loop.load_checkpoint(path)["step"] if path.exists() else 0)
+        if reached[-1] == steps:
+            break
+    assert os.waitpid(start(folder / "killed"), 0)[1] == 0
+    print(killed, *reached)
+    """
+)
+
+
+def test_killed_runs_resume_to_the_same_bits(tmp_path):
+    """SIGKILL at 24 random moments of one run, between steps, in them, and while a checkpoint is written."""
+    kills, seed = 0, 0
+    while kills < KILLS:
+        folder = tmp_path / str(seed)
+        command = [sys.executable, "-c", KILL_AND_RESUME, str(folder), str(KILLS - kills), str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        killed, *reached = map(int, done.stdout.split())
+        assert killed >= 1
+        assert reached == sorted(reached), "a checkpoint was lost"
+        first, second = (loop.load_checkpoint(folder / out / loop.CHECKPOINT) for out in ("whole", "killed"))
+        assert first["step"] == second["step"] == 60
+        assert same_bits(first["trainer"], second["trainer"])
+        kills, seed = kills + killed, seed + 1
+
+
+def same_bits(one, other):
+    pairs = list(zip(tensors(one), tensors(other), strict=True))
+    assert len(pairs) > 10
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_killed_command_resumes_to_the_same_bits(tmp_path):
+    """The same through the command line, once: evaluations included."""
     command = [sys.executable, "-m", "defgan_fast", "train", "gan", "--dataset", "digits", "--steps", "12"]
     command += ["--width", "2", "--critic-width", "2", "--batch", "8", "--checkpoint-every", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--evaluate-every", "3", "--evaluate-images", "2", "--evaluate-steps", "2", "--threads", "1"]
 
     def start(out, *more):
         arguments = [*command, "--out", str(tmp_path / out), *more]
-        return subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
     killed, whole = start("killed"), start("whole")
     checkpoint = tmp_path / "killed" / loop.CHECKPOINT
@@ -122,17 +193,14 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path):
     killed.kill()
     killed.communicate()
     assert checkpoint.exists()
-    step = loop.load_checkpoint(checkpoint)["step"]
-    resumed = start("killed", "--resume")
-    _, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    assert loop.load_checkpoint(checkpoint)["step"] >= 1
+    _, errors = start("killed", "--resume").communicate(timeout=120)
     assert whole.wait(timeout=120) == 0
-    assert step >= 1
     first, second = (loop.load_checkpoint(tmp_path / out / loop.CHECKPOINT) for out in ("killed", "whole"))
-    assert first["step"] == second["step"] == 12
-    assert all(
-        torch.equal(a, b) for a, b in zip(tensors(first["trainer"]), tensors(second["trainer"]), strict=True)
-    )
+    assert first["step"] == second["step"] == 12, errors
+    assert same_bits(first["trainer"], second["trainer"])
+    assert first["evaluator"]["rows"] == second["evaluator"]["rows"]
+    assert len(first["evaluator"]["rows"]) == 4
 
 
 def test_existing_run_is_not_overwritten(images, tmp_path):
@@ -192,6 +260,51 @@ def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"No space left"):
         loop.run(make_trainer("gan", images), 3, tmp_path, resume=True)
     assert (tmp_path / loop.CHECKPOINT).read_bytes() == before
+
+
+def test_full_disk_in_earnest(images, tmp_path):
+    """A limit on the size of files: the system refuses the write itself, half-way through the checkpoint."""
+    loop.run(make_trainer("gan", images), 2, tmp_path)
+    before = (tmp_path / loop.CHECKPOINT).read_bytes()
+    resumed = make_trainer("gan", images)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large"):
+            loop.run(resumed, 3, tmp_path, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / loop.CHECKPOINT).read_bytes() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "no half file stays"
+    loop.run(make_trainer("gan", images), 3, tmp_path, resume=True)
+
+
+def test_scalars_go_to_tensorboard_where_it_is_installed(images, tmp_path, monkeypatch):
+    """With a writer of its own: the package is large, and most machines lack it."""
+    import types
+
+    written, closed = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "tensorboard" else None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    loop.run(make_trainer("gan", images), 4, tmp_path, log_every=2)
+    assert written[0] == (str(tmp_path / "tensorboard"), None)
+    assert [(name, step) for name, _, step in written[1:]] == [
+        (name, step) for step in (2, 4) for name in ("critic_distance", "penalty", "generator_loss")
+    ]
+    assert closed == [True]
+    loop.run(make_trainer("gan", images), 4, tmp_path, resume=True)
+    assert written[-1] == (str(tmp_path / "tensorboard"), 5), "what came after the checkpoint is hidden"
 
 
 def test_metrics_after_the_checkpoint_are_dropped(images, tmp_path):

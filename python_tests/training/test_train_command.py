@@ -16,7 +16,7 @@ def test_train_gan(tmp_path, capsys):
     words = ["train", "gan", "--dataset", "digits", "--steps", "4", "--width", "3", "--critic-width", "2"]
     words += ["--batch", "8", "--lr", "0.0001", "--sample-every", "2", "--seed", "5", "--out", str(tmp_path)]
     assert cli.main(words) == 0
-    assert f"4 steps; generator in {tmp_path / 'generator.safetensors'}" in capsys.readouterr().out
+    assert f"4 steps; generator of step 4 in {tmp_path / 'generator.safetensors'}" in capsys.readouterr().out
     generator = weights.load_generator(tmp_path / "generator.safetensors")
     assert generator.config == {"latent_size": 64, "width": 3, "image_shape": [1, 28, 28]}
     card = weights.read_card(tmp_path / "generator.safetensors")
@@ -63,20 +63,69 @@ def test_train_gan_may_end_early(tmp_path):
     assert "--steps 9" in card["command"]
 
 
+def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
+    """Before any work, with the place that was looked at; and a generator that --on needs."""
+    for job in (["gan"], ["classifier"], ["magnet"]):
+        words = ["train", *job, "--dataset", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+        assert cli.main(words) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(
+            "defgan-fast: no such file: train-images-idx3-ubyte.gz of mnist; looked in "
+        )
+        assert str(tmp_path) in message
+        assert message.count("\n") == 1
+    words = [
+        "train",
+        "classifier",
+        "--dataset",
+        "digits",
+        "--on",
+        "reconstructions",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main([*words, "--generator", str(tmp_path / "absent.safetensors")]) == 2
+    assert "no such file: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_are_commands():
+    from defgan_fast.cli import build_parser
+
+    for dataset, recipe in training.RECIPES.items():
+        args = build_parser().parse_args(["train", "gan", "--dataset", dataset, *recipe])
+        settings = training._settings(training.GanSettings, training.GAN_DEFAULTS[dataset], args)
+        # The generators that ship have the geometry of the paper, and of the design for the digits.
+        assert (settings.latent_size, settings.width) == ((64, 32) if dataset == "digits" else (128, 64))
+
+
 def test_train_weights(tmp_path, monkeypatch, capsys):
     """The whole way to a shipped pair, with tiny networks."""
     small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
     monkeypatch.setitem(training.GAN_DEFAULTS, "digits", small)
     monkeypatch.setitem(training.CLASSIFIER_DEFAULTS, "digits", {"arch": "E", "epochs": 2})
-    words = ["train", "weights", "--images", "3", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    words = [
+        "train",
+        "weights",
+        "--images",
+        "3",
+        "--images-test",
+        "4",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(words) == 0
     generator = weights.load_generator(tmp_path / "digits_generator.safetensors")
     assert generator.config["latent_size"] == 4
     assert weights.load_classifier(tmp_path / "digits_classifier.safetensors").config["arch"] == "E"
     for kind in ("generator", "classifier"):
         card = weights.read_card(tmp_path / f"digits_{kind}.safetensors")
-        assert set(card["quality"]) == {"validation", "test"}
-        assert card["quality"]["test"]["images"] == 3
+        assert set(card["quality"]) == {"validation", "validation_float32", "test"}
+        assert card["quality"]["test"]["images"] == 4
+        assert card["quality"]["test"]["images_attacked"] == 2
+        assert card["storage"] == "float16"
         assert card["command"].startswith("defgan-fast train ")
     assert "validation: images 3, reconstruction_error" in capsys.readouterr().out
 

@@ -1,0 +1,509 @@
+// The fused mapping: one block takes one group of 8 rows through all steps; nothing of a step leaves the multiprocessor.
+// For the paper's generator (Linear, three 5x5 transposed convolutions of stride 2 over 4x4 -> 7x7 -> 14x14 -> 28x28,
+// ReLU, sigmoid), whose geometry is known when this is compiled.
+//
+//   registers      latent and velocity, float32, as the last product's C fragments; every product's sums
+//   shared memory  hidden     layer 0's output, later one phase of layer 2's output (a "plane": 49 positions whose
+//                             coordinates have the same parities), later layer 0's gradient
+//                  middle     layer 1's output, then its gradient
+//                  masks      which of layers 0 and 2 were positive: all that the way back needs of them
+//                  image      float32 sums of each pixel, then its gradient in 16 bits, in the same 32-byte slots
+//   L2             weights, streamed once a step by each block, a fragment ahead of its use
+//
+// Layer 2's output would not fit whole (200 KB at d = 64), so it is made, used and dropped phase by phase, forward and
+// (from its mask) backward. The tables' order of summation (program.cpp) is phase by phase for that reason.
+#pragma once
+
+#include "geometries.h"
+#include "layout.h"
+
+namespace defgan::cuda {
+
+// A weight matrix of one tap, and the step from a destination to its source.
+struct FusedTap {
+  int matrix, dy, dx;
+};
+
+// sum[column][tile] += W[tap] * source for every tap whose source exists. Weights come as a stream, one chunk of 32 source
+// channels ahead, through the ends of taps.
+template <class S, int kColumns, int kTiles, int kChunks, class TapAt, class SourceAt>
+DEFGAN_DEVICE void convolve(float (&sum)[kColumns][kTiles][4], int taps, const TapAt& tap_at, const SourceAt& source_at,
+                            const char* weights, int row_tiles, int first_tile, const char* shared, int stride,
+                            int lane) {
+  constexpr int kColumnTiles = kChunks * 2;
+  const auto matrix = [&](int t) {
+    return reinterpret_cast<const Vec4*>(weights) +
+           (tap_at(t).matrix * row_tiles + first_tile) * kColumnTiles * kLanes + lane;
+  };
+  Vec4 next[kTiles][2];
+  const auto load = [&](const Vec4* at) {
+    static_for<kTiles>([&](auto m) {
+      next[m][0] = load_constant(at + m * kColumnTiles * kLanes);
+      next[m][1] = load_constant(at + m * kColumnTiles * kLanes + kLanes);
+    });
+  };
+  const Vec4* here = matrix(0);
+  load(here);
+  DEFGAN_NO_UNROLL
+  for (int t = 0; t < taps; ++t) {
+    const Vec4* following = t + 1 < taps ? matrix(t + 1) : here;
+    const FusedTap tap = tap_at(t);
+    int source[kColumns];
+    static_for<kColumns>([&](auto i) { source[i] = source_at(tap, i); });
+    DEFGAN_NO_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      Vec4 a[kTiles][2];
+      static_for<kTiles>([&](auto m) { a[m][0] = next[m][0], a[m][1] = next[m][1]; });
+      load(chunk + 1 < kChunks ? here + (chunk + 1) * 2 * kLanes : following);
+      const char* const chunk_at = shared + chunk * Storage<S>::kBlockBytes + lane * 16;
+      static_for<kColumns>([&](auto i) {
+        if (source[i] == kNone) return;
+        const Vec4 b = load_shared(reinterpret_cast<const Vec4*>(chunk_at + source[i] * stride));
+        static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[i][m], a[m][0], b.x, b.y); });
+        static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[i][m], a[m][1], b.z, b.w); });
+      });
+    }
+    here = following;
+  }
+}
+
+// 0xffff for each half whose number is not zero, which for a ReLU's output means that it let the gradient pass.
+DEFGAN_DEVICE uint32_t nonzero_halves(uint32_t word) {
+  return ((word & 0x7fffu) ? 0xffffu : 0u) | ((word & 0x7fff0000u) ? 0xffff0000u : 0u);
+}
+DEFGAN_DEVICE uint32_t mask_bits(const Vec4& piece) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+  uint32_t bits = 0;
+  static_for<4>([&](auto i) {
+    bits |= ((words[i] & 0x7fffu) ? 1u : 0u) << (2 * i);
+    bits |= ((words[i] & 0x7fff0000u) ? 1u : 0u) << (2 * i + 1);
+  });
+  return bits;
+}
+DEFGAN_DEVICE uint32_t mask_halves(uint32_t bits) {
+  return ((bits & 1) ? 0xffffu : 0u) | ((bits & 2) ? 0xffff0000u : 0u);
+}
+
+template <class S, class G>
+struct Fused {
+  static constexpr int kWarps = kFusedThreads / kLanes;
+  static constexpr int kTiles0 = G::kC0 / 16, kTiles1 = G::kC1 / 16, kTiles2 = G::kC2 / 16;
+  static constexpr int kLatentTiles = G::kLatent / 16;
+  static constexpr int kStride0 = G::kChunks0 * G::kBlock, kStride1 = G::kChunks1 * G::kBlock;
+  static constexpr int kPlaneGroups = 4;  // warps share a plane's positions four ways, its channels two ways
+  static constexpr int kPlaneColumns = (G::kPlane + kPlaneGroups - 1) / kPlaneGroups;
+
+  const FusedParams& p;
+  char* const shared;
+  const int warp, lane;
+
+  DEFGAN_DEVICE explicit Fused(const FusedParams& params)
+      : p(params), shared(shared_memory()), warp(thread_index() / kLanes), lane(thread_index() % kLanes) {}
+
+  // Rows of the tile's C fragment that this lane has: channel, and channel + 8; columns row() and row() + 1.
+  DEFGAN_DEVICE int channel_of(int tile) const { return tile * 16 + lane / 4; }
+  DEFGAN_DEVICE Vec2* piece(int region, int block, int tile) const {
+    return reinterpret_cast<Vec2*>(shared + region + block + tile / 2 * G::kBlock + lane * 16 + tile % 2 * 8);
+  }
+
+  // relu(sums + bias), stored as the B fragment that the next product reads.
+  DEFGAN_DEVICE void store_relu(int region, int block, int tile, const float* bias, const float (&c)[4]) const {
+    const float low = load_constant(bias + channel_of(tile)), high = load_constant(bias + channel_of(tile) + 8);
+    const auto relu = [](float x) { return activate(int(Activation::kRelu), 0.0f, x); };
+    store_shared(piece(region, block, tile), Vec2{transpose_8x8(pack2<S>(relu(c[0] + low), relu(c[1] + low))),
+                                                  transpose_8x8(pack2<S>(relu(c[2] + high), relu(c[3] + high)))});
+  }
+
+  // --- forward ------------------------------------------------------------------------------------------
+
+  DEFGAN_DEVICE void linear() const {
+    Vec4 z[G::kLatentChunks];
+    static_for<G::kLatentChunks>([&](auto k) {
+      z[k] = load_shared(reinterpret_cast<const Vec4*>(shared + G::kLatentBlocks + k * G::kBlock) + lane);
+    });
+    constexpr int kPerWarp = G::kH0 * G::kH0 * kTiles0 / kWarps;
+    const Vec4* fragment = reinterpret_cast<const Vec4*>(p.linear) + warp * kPerWarp * kLatentTiles * kLanes + lane;
+    Vec4 next[kLatentTiles];
+    static_for<kLatentTiles>([&](auto k) { next[k] = load_constant(fragment + k * kLanes); });
+    DEFGAN_NO_UNROLL
+    for (int t = 0; t < kPerWarp; ++t) {
+      Vec4 a[kLatentTiles];
+      static_for<kLatentTiles>([&](auto k) { a[k] = next[k]; });
+      if (t + 1 < kPerWarp) fragment += kLatentTiles * kLanes;
+      static_for<kLatentTiles>([&](auto k) { next[k] = load_constant(fragment + k * kLanes); });
+      float sum[4] = {};
+      static_for<G::kLatentChunks>([&](auto k) {
+        multiply_accumulate<S>(sum, a[2 * k], z[k].x, z[k].y);
+        multiply_accumulate<S>(sum, a[2 * k + 1], z[k].z, z[k].w);
+      });
+      const int position = (warp * kPerWarp + t) / kTiles0, tile = (warp * kPerWarp + t) % kTiles0;
+      store_relu(G::kHidden, position * kStride0, tile, p.linear_bias + position * p.linear_bias_stride, sum);
+    }
+  }
+
+  DEFGAN_DEVICE void remember_hidden() const {
+    constexpr int kPairs = G::kChunks0 / 2;
+    for (int i = thread_index(); i < G::kH0 * G::kH0 * kPairs * kLanes; i += kFusedThreads) {
+      const Vec4* at = reinterpret_cast<const Vec4*>(shared + G::kHidden + i / kLanes * 2 * G::kBlock) + lane;
+      store_shared(reinterpret_cast<uint16_t*>(shared + G::kMask0) + i,
+                   uint16_t(mask_bits(load_shared(at)) | mask_bits(load_shared(at + kLanes)) << 8));
+    }
+  }
+
+  // Taps that reach outputs of one parity, ascending: o = 2 i + k - pad with k = first, first + 2, ...
+  DEFGAN_DEVICE static constexpr int first_tap(int parity) { return (parity + G::kPad) % 2; }
+  DEFGAN_DEVICE static constexpr int tap_count(int parity) { return first_tap(parity) == 0 ? 3 : 2; }
+
+  // Forward at output 2 q + parity: the source is q + (parity + pad - k) / 2.
+  DEFGAN_DEVICE static FusedTap forward_tap(int py, int px, int t) {
+    const int across = tap_count(px), ky = first_tap(py) + 2 * (t / across), kx = first_tap(px) + 2 * (t % across);
+    return {ky * G::kKernel + kx, (py + G::kPad - ky) / 2, (px + G::kPad - kx) / 2};
+  }
+  // Backward from the outputs of one phase: input i is fed by output 2 i + k - pad, the plane's i + (k - pad - parity) / 2.
+  DEFGAN_DEVICE static FusedTap backward_tap(int py, int px, int t) {
+    const FusedTap f = forward_tap(py, px, t);
+    return {f.matrix, -f.dy, -f.dx};
+  }
+  DEFGAN_DEVICE static int position_in(int y, int x, int extent) {
+    return y >= 0 && y < extent && x >= 0 && x < extent ? y * extent + x : kNone;
+  }
+
+  template <int kPy, int kPx>
+  DEFGAN_DEVICE_NOINLINE void first_phase(int quarter) const {
+    constexpr int kHigh = (G::kH1 - kPy + 1) / 2, kWide = (G::kH1 - kPx + 1) / 2, kColumns = kHigh * kWide;
+    constexpr int kTiles = kTiles1 / 4;
+    float sum[kColumns][kTiles][4] = {};
+    convolve<S, kColumns, kTiles, G::kChunks0>(
+        sum, tap_count(kPy) * tap_count(kPx), [](int t) { return forward_tap(kPy, kPx, t); },
+        [](const FusedTap& tap, auto i) { return position_in(i / kWide + tap.dy, i % kWide + tap.dx, G::kH0); },
+        p.first, kTiles1, quarter * kTiles, shared + G::kHidden, kStride0, lane);
+    static_for<kColumns>([&](auto i) {
+      constexpr int kPosition = (2 * (i / kWide) + kPy) * G::kH1 + 2 * (i % kWide) + kPx;
+      static_for<kTiles>(
+          [&](auto m) { store_relu(G::kMiddle, kPosition * kStride1, quarter * kTiles + m, p.first_bias, sum[i][m]); });
+    });
+  }
+
+  // Phases are paired so that both halves of the warps have about the same number of taps, in either alignment.
+  DEFGAN_DEVICE void first() const {
+    const int quarter = warp % 4;
+    if (warp < 4) {
+      first_phase<0, 0>(quarter);
+      first_phase<1, 1>(quarter);
+    } else {
+      first_phase<0, 1>(quarter);
+      first_phase<1, 0>(quarter);
+    }
+  }
+
+  template <int kGroup>
+  DEFGAN_DEVICE_NOINLINE void plane_forward(int py, int px, int half) const {
+    constexpr int kTiles = kTiles2 / 2, kSide = G::kH2 / 2;
+    float sum[kPlaneColumns][kTiles][4] = {};
+    convolve<S, kPlaneColumns, kTiles, G::kChunks1>(
+        sum, tap_count(py) * tap_count(px), [&](int t) { return forward_tap(py, px, t); },
+        [](const FusedTap& tap, auto i) {
+          constexpr int q = kGroup * kPlaneColumns + i;
+          return q < G::kPlane ? position_in(q / kSide + tap.dy, q % kSide + tap.dx, G::kH1) : kNone;
+        },
+        p.second, kTiles2, half * kTiles, shared + G::kMiddle, kStride1, lane);
+    static_for<kPlaneColumns>([&](auto i) {
+      constexpr int q = kGroup * kPlaneColumns + i;
+      if constexpr (q < G::kPlane)
+        static_for<kTiles>(
+            [&](auto m) { store_relu(G::kHidden, q * G::kPlaneBytes, half * kTiles + m, p.second_bias, sum[i][m]); });
+    });
+  }
+
+  // Calls body(constant group, half) for the part of a plane that is this warp's.
+  template <class Body>
+  DEFGAN_DEVICE void my_plane_part(const Body& body) const {
+    const int half = warp % 2;
+    switch (warp / 2) {
+      case 0: body(std::integral_constant<int, 0>{}, half); break;
+      case 1: body(std::integral_constant<int, 1>{}, half); break;
+      case 2: body(std::integral_constant<int, 2>{}, half); break;
+      default: body(std::integral_constant<int, 3>{}, half); break;
+    }
+  }
+
+  DEFGAN_DEVICE uint16_t* plane_mask(int py, int px, int q) const {
+    return reinterpret_cast<uint16_t*>(shared + G::kMask2) + ((py * 2 + px) * G::kPlane + q) * kLanes + lane;
+  }
+
+  // A position's channels times every tap: the sums replace the channels, whose mask is kept.
+  DEFGAN_DEVICE void plane_columns(int py, int px) const {
+    Vec4 a[2][G::kChunks2 * 2];
+    static_for<2>([&](auto m) {
+      static_for<G::kChunks2 * 2>([&](auto k) {
+        a[m][k] = load_constant(reinterpret_cast<const Vec4*>(p.columns) + (m * G::kChunks2 * 2 + k) * kLanes + lane);
+      });
+    });
+    DEFGAN_NO_UNROLL
+    for (int q = warp; q < G::kPlane; q += kWarps) {
+      char* const at = shared + G::kHidden + q * G::kPlaneBytes;
+      float sum[2][4] = {};
+      uint32_t mask = 0;
+      static_for<G::kChunks2>([&](auto k) {
+        const Vec4 b = load_shared(reinterpret_cast<const Vec4*>(at + k * G::kBlock) + lane);
+        mask |= mask_bits(b) << (8 * k);
+        static_for<2>([&](auto m) { multiply_accumulate<S>(sum[m], a[m][2 * k], b.x, b.y); });
+        static_for<2>([&](auto m) { multiply_accumulate<S>(sum[m], a[m][2 * k + 1], b.z, b.w); });
+      });
+      store_shared(plane_mask(py, px, q), uint16_t(mask));
+      sync_warp();  // all lanes have read what the sums overwrite
+      static_for<2>([&](auto m) {
+        Float2* to = reinterpret_cast<Float2*>(at) + channel_of(m) * (kGroupRows / 2) + lane % 4;
+        store_shared(to, Float2{sum[m][0], sum[m][1]});
+        store_shared(to + 8 * (kGroupRows / 2), Float2{sum[m][2], sum[m][3]});
+      });
+    }
+  }
+
+  // Each thread has the same (pixel, pair of rows) places all the time, so the sums need no barrier between phases.
+  template <class Body>
+  DEFGAN_DEVICE void each_pair(const Body& body) const {
+    for (int i = thread_index(); i < G::kPixels * (kGroupRows / 2); i += kFusedThreads)
+      body(i / (kGroupRows / 2), i % (kGroupRows / 2));
+  }
+  DEFGAN_DEVICE Float2* image_sums(int pixel, int pair) const {
+    return reinterpret_cast<Float2*>(shared + G::kImage + pixel * G::kSlot) + pair;
+  }
+
+  DEFGAN_DEVICE void start_image() const {
+    each_pair([&](int pixel, int pair) {
+      const float bias = p.image_bias == nullptr ? 0.0f : load_constant(p.image_bias + pixel);
+      store_shared(image_sums(pixel, pair), Float2{bias, bias});
+    });
+  }
+
+  // Adds to each pixel what the plane's positions send it, in the order of positions.
+  DEFGAN_DEVICE void collect(int py, int px) const {
+    constexpr int kSide = G::kH2 / 2;
+    each_pair([&](int pixel, int pair) {
+      const int oy = pixel / G::kH3 + G::kPad, ox = pixel % G::kH3 + G::kPad;
+      Float2 sum = load_shared(image_sums(pixel, pair));
+      // The source 2 q + parity sends through tap o - 2 (2 q + parity), if that is one.
+      for (int qy = (oy - 2 * py - G::kKernel + 1 + 3) >> 2; qy <= (oy - 2 * py) >> 2; ++qy) {
+        const int ky = oy - 2 * (2 * qy + py);
+        if (qy < 0 || qy >= kSide) continue;
+        for (int qx = (ox - 2 * px - G::kKernel + 1 + 3) >> 2; qx <= (ox - 2 * px) >> 2; ++qx) {
+          const int kx = ox - 2 * (2 * qx + px);
+          if (qx < 0 || qx >= kSide) continue;
+          const char* position = shared + G::kHidden + (qy * kSide + qx) * G::kPlaneBytes;
+          const Float2 part =
+              load_shared(reinterpret_cast<const Float2*>(position) + (ky * G::kKernel + kx) * (kGroupRows / 2) + pair);
+          sum.x = sum.x + part.x;
+          sum.y = sum.y + part.y;
+        }
+      }
+      store_shared(image_sums(pixel, pair), sum);
+    });
+  }
+
+  // Sums -> gradient, 16 bits, at the beginning of the same slot. The four threads of a pixel are in one warp.
+  DEFGAN_DEVICE void image_to_gradient(int first_row) const {
+    each_pair([&](int pixel, int pair) {
+      const Float2 sum = load_shared(image_sums(pixel, pair));
+      const auto gradient = [&](float value, int row) {
+        return image_gradient(int(Activation::kSigmoid), 0.0f, value,
+                              target_pixel(p.call, first_row + 2 * pair + row, pixel, G::kPixels));
+      };
+      const uint32_t word = pack2<S>(gradient(sum.x, 0), gradient(sum.y, 1));
+      sync_warp();  // the pixel's other sums have been read
+      store_shared(reinterpret_cast<uint32_t*>(shared + G::kImage + pixel * G::kSlot) + pair, word);
+    });
+  }
+
+  // --- backward -----------------------------------------------------------------------------------------
+
+  // Layer 2's gradient on one plane: the image's gradient gathered tap by tap, times the columns' matrix, masked.
+  DEFGAN_DEVICE void plane_backward(int py, int px) const {
+    constexpr int kSide = G::kH2 / 2;
+    Vec4 a[kTiles2][2];
+    static_for<kTiles2>([&](auto m) {
+      static_for<2>([&](auto k) {
+        a[m][k] = load_constant(reinterpret_cast<const Vec4*>(p.columns_back) + (m * 2 + k) * kLanes + lane);
+      });
+    });
+    const int ky = lane / G::kKernel, kx = lane % G::kKernel;  // the column that this lane gathers
+    DEFGAN_NO_UNROLL
+    for (int q = warp; q < G::kPlane; q += kWarps) {
+      const int oy = 2 * (2 * (q / kSide) + py) + ky - G::kPad, ox = 2 * (2 * (q % kSide) + px) + kx - G::kPad;
+      const int pixel = lane < G::kTaps ? position_in(oy, ox, G::kH3) : kNone;
+      uint32_t b[4];
+      load_matrix_transposed(b, shared + (pixel == kNone ? G::kZero : G::kImage + pixel * G::kSlot));
+      const uint32_t mask = load_shared(plane_mask(py, px, q));
+      static_for<kTiles2>([&](auto m) {
+        float sum[4] = {};
+        multiply_accumulate<S>(sum, a[m][0], b[0], b[1]);
+        multiply_accumulate<S>(sum, a[m][1], b[2], b[3]);
+        store_masked(G::kHidden, q * G::kPlaneBytes, m, sum, mask >> (4 * m));
+      });
+    }
+  }
+
+  DEFGAN_DEVICE void store_masked(int region, int block, int tile, const float (&c)[4], uint32_t bits) const {
+    store_shared(piece(region, block, tile), Vec2{transpose_8x8(pack2<S>(c[0], c[1])) & mask_halves(bits),
+                                                  transpose_8x8(pack2<S>(c[2], c[3])) & mask_halves(bits >> 2)});
+  }
+
+  // Layer 1's gradient, a half of its channels at a time: the sums of all of them would not fit the registers.
+  template <int kGroup>
+  DEFGAN_DEVICE_NOINLINE void second_backward(int half, int channels) const {
+    constexpr int kTiles = kTiles1 / 4, kSide = G::kH2 / 2;
+    const int first_tile = (channels * 2 + half) * kTiles;
+    float sum[kPlaneColumns][kTiles][4] = {};
+    DEFGAN_NO_UNROLL
+    for (int phase = 0; phase < 4; ++phase) {
+      const int py = phase / 2, px = phase % 2;
+      plane_backward(py, px);
+      sync_block();
+      convolve<S, kPlaneColumns, kTiles, G::kChunks2>(
+          sum, tap_count(py) * tap_count(px), [&](int t) { return backward_tap(py, px, t); },
+          [](const FusedTap& tap, auto i) {
+            constexpr int q = kGroup * kPlaneColumns + i;
+            return q < G::kPlane ? position_in(q / kSide + tap.dy, q % kSide + tap.dx, kSide) : kNone;
+          },
+          p.second_back, kTiles1, first_tile, shared + G::kHidden, G::kPlaneBytes, lane);
+      sync_block();
+    }
+    static_for<kPlaneColumns>([&](auto i) {
+      constexpr int q = kGroup * kPlaneColumns + i;
+      if constexpr (q < G::kPlane)
+        static_for<kTiles>([&](auto m) {
+          Vec2* at = piece(G::kMiddle, q * kStride1, first_tile + m);
+          const Vec2 stored = load_shared(at);
+          const float (&c)[4] = sum[i][m];
+          store_shared(at, Vec2{transpose_8x8(pack2<S>(c[0], c[1])) & nonzero_halves(stored.x),
+                                transpose_8x8(pack2<S>(c[2], c[3])) & nonzero_halves(stored.y)});
+        });
+    });
+  }
+
+  // Layer 0's gradient: all 16 positions, each warp its channels, the taps phase by phase of layer 1's positions.
+  DEFGAN_DEVICE_NOINLINE void first_backward() const {
+    constexpr int kTiles = kTiles0 / kWarps, kColumns = G::kH0 * G::kH0;
+    float sum[kColumns][kTiles][4] = {};
+    convolve<S, kColumns, kTiles, G::kChunks1>(
+        sum, G::kTaps,
+        [](int t) {
+          int py = 0, px = 0;
+          for (int phase = 0; phase < 3; ++phase) {
+            const int count = tap_count(phase / 2) * tap_count(phase % 2);
+            if (t < count) break;
+            t -= count;
+            py = (phase + 1) / 2, px = (phase + 1) % 2;
+          }
+          const int across = tap_count(px), ky = first_tap(py) + 2 * (t / across),
+                    kx = first_tap(px) + 2 * (t % across);
+          return FusedTap{ky * G::kKernel + kx, ky - G::kPad, kx - G::kPad};
+        },
+        [](const FusedTap& tap, auto i) {
+          return position_in(2 * (i / G::kH0) + tap.dy, 2 * (i % G::kH0) + tap.dx, G::kH1);
+        },
+        p.first_back, kTiles0, warp * kTiles, shared + G::kMiddle, kStride1, lane);
+    static_for<kColumns>([&](auto i) {
+      static_for<kTiles>([&](auto m) {
+        const int tile = warp * kTiles + m, chunk = i * G::kChunks0 + tile / 2;
+        const uint32_t mask =
+            load_shared(reinterpret_cast<const uint16_t*>(shared + G::kMask0) + chunk / 2 * kLanes + lane);
+        store_masked(G::kHidden, i * kStride0, tile, sum[i][m], mask >> (chunk % 2 * 8 + tile % 2 * 4));
+      });
+    });
+  }
+
+  // The latent's gradient: one tile of 16 channels for each of the first warps, in kChains partial sums.
+  DEFGAN_DEVICE void linear_backward(float (&gradient)[4]) const {
+    constexpr int kSteps = G::kH0 * G::kH0 * G::kChunks0, kDepth = 4;
+    const auto weights = [&](int step) {
+      const int position = step / G::kChunks0, chunk = step % G::kChunks0;
+      return reinterpret_cast<const Vec4*>(p.linear_back) +
+             ((position * kLatentTiles + warp) * kTiles0 + chunk * 2) * kLanes + lane;
+    };
+    Vec4 a[kDepth][2];
+    const auto load = [&](auto slot, int step) {
+      a[slot][0] = load_constant(weights(step));
+      a[slot][1] = load_constant(weights(step) + kLanes);
+    };
+    static_for<kDepth>([&](auto slot) { load(slot, slot); });
+    float sum[kChains][4] = {};
+    DEFGAN_NO_UNROLL
+    for (int step = 0; step < kSteps; step += kDepth)
+      static_for<kDepth>([&](auto slot) {
+        const Vec4 b =
+            load_shared(reinterpret_cast<const Vec4*>(shared + G::kHidden + (step + slot) * G::kBlock) + lane);
+        constexpr int kChain = slot % 2 * 2;
+        multiply_accumulate<S>(sum[kChain], a[slot][0], b.x, b.y);
+        multiply_accumulate<S>(sum[kChain + 1], a[slot][1], b.z, b.w);
+        if (step + slot + kDepth < kSteps) load(slot, step + slot + kDepth);
+      });
+    static_for<4>([&](auto i) { gradient[i] = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]); });
+  }
+
+  // --- all steps ----------------------------------------------------------------------------------------
+
+  DEFGAN_DEVICE void run() const {
+    const int first_row = p.call.first_row + block_index() * kGroupRows;
+    // Number i of a lane's latents: channel + 8 (i / 2), row + i % 2.
+    const int channel = channel_of(warp), row = lane % 4 * 2;
+    const bool has_latents = warp < kLatentTiles;
+    float latent[4] = {}, velocity[4] = {};
+    if (has_latents)
+      static_for<4>([&](auto i) {
+        latent[i] = starting_latent(p.call, first_row + row + i % 2, channel + i / 2 * 8, G::kLatent);
+      });
+    if (thread_index() < 4) store_shared(reinterpret_cast<uint32_t*>(shared + G::kZero) + thread_index(), 0u);
+
+    for (int step = 0; step < p.call.steps; ++step) {
+      if (has_latents)
+        store_shared(piece(G::kLatentBlocks, 0, warp), Vec2{transpose_8x8(pack2<S>(latent[0], latent[1])),
+                                                            transpose_8x8(pack2<S>(latent[2], latent[3]))});
+      start_image();
+      sync_block();
+      linear();
+      sync_block();
+      remember_hidden();
+      first();
+      sync_block();
+      DEFGAN_NO_UNROLL
+      for (int phase = 0; phase < 4; ++phase) {
+        const int py = phase / 2, px = phase % 2;
+        my_plane_part([&](auto group, int half) { plane_forward<group>(py, px, half); });
+        sync_block();
+        plane_columns(py, px);
+        sync_block();
+        collect(py, px);
+        sync_block();
+      }
+      image_to_gradient(first_row);
+      sync_block();
+      DEFGAN_NO_UNROLL
+      for (int channels = 0; channels < 2; ++channels)
+        my_plane_part([&](auto group, int half) { second_backward<group>(half, channels); });
+      sync_block();
+      first_backward();
+      sync_block();
+      if (has_latents) {
+        float gradient[4];
+        linear_backward(gradient);
+        const float rate = load_constant(p.call.rates + step);
+        static_for<4>([&](auto i) {
+          momentum_step(latent[i], velocity[i], gradient[i], p.gradient_scale, p.call.momentum, rate);
+        });
+      }
+    }
+    if (has_latents)
+      static_for<4>([&](auto i) {
+        const int r = first_row + row + i % 2;
+        if (r < p.call.rows) store_global(p.call.latents + int64_t(r) * G::kLatent + channel + i / 2 * 8, latent[i]);
+      });
+  }
+};
+
+template <class S, class G>
+DEFGAN_DEVICE void fused_kernel(const FusedParams& p) {
+  Fused<S, G>(p).run();
+}
+
+}  // namespace defgan::cuda

@@ -1,0 +1,67 @@
+// What the host hands to each kernel: plain structs of device pointers and sizes.
+#pragma once
+
+#include "device_types.h"
+#include "program.h"
+
+namespace defgan::cuda {
+
+constexpr int kLanes = 32;  // of a warp
+constexpr int kPiece = 8;   // numbers of a block that belong to one lane
+constexpr int kPackThreads = 256, kTeamThreads = 256, kFusedThreads = 256;
+constexpr int kTeamSharedBytes = sizeof(Header) + 2 * sizeof(Stage);
+
+// Counts are int32, which the host makes sure of: 64-bit divisions are subroutine calls on a GPU, and would cost the
+// callers registers. Only offsets in bytes are int64.
+
+// What is the same for every row of a call, and where its rows are.
+struct Call {
+  const float* images;      // [B, pixels]
+  const float* start;       // latents [R, k] or [B, R, k]
+  int32_t rows, first_row;  // of the whole call; the first one of this launch
+  int32_t restarts;
+  int32_t start_per_image;
+  const float* rates;  // [steps]
+  int32_t steps;
+  float momentum;
+  float* latents;  // out: [rows, k]
+};
+
+struct PackParams {
+  const char* tables;
+  char* weights;
+  float* vectors;
+  const float* parameters[kMaxParameters];
+};
+
+enum class Purpose : int32_t {
+  kDescend,  // all steps; writes the latents
+  kErrors,   // float32: one forward pass from the given latents, writes each row's mean squared error
+  kDecode,   // float32: one forward pass, writes the images
+};
+
+struct TeamParams {
+  const char* tables;
+  const char* weights;
+  const float* vectors;
+  char* groups;           // the buffers of every group in flight
+  TeamBarrier* barriers;  // one a team, zero
+  int32_t teams, blocks_per_team;
+  int32_t group_count;  // in flight
+  Purpose purpose;
+  Call call;
+  float* errors;   // [rows]
+  float* decoded;  // [rows, pixels]
+};
+
+struct FusedParams {
+  // Packed matrices of the stages, forward then backward; all [matrix][row tile][column tile][lane].
+  const char *linear, *first, *second, *columns, *columns_back, *second_back, *first_back, *linear_back;
+  const float *linear_bias, *first_bias, *second_bias;  // [position][channels], [channels], [channels]
+  const float* image_bias;                              // [pixels], or nullptr
+  int32_t linear_bias_stride;
+  float gradient_scale;
+  Call call;
+};
+
+}  // namespace defgan::cuda

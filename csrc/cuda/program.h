@@ -1,0 +1,130 @@
+// A plan as the kernels run it: a list of stages over the buffers of a group of rows, in plain structs and index
+// tables that are copied to the device as they stand.
+//
+// A group is 8 rows (pairs of image and restart), the columns of one tensor-core tile. Every group has the same
+// buffers: the input of each layer, the last layer's float32 sums, the image's gradient. One step of the descent is:
+// each layer forward, the image (sums -> gradient of the error), that gradient spread over the last layer's
+// columns, each layer backward. A gradient overwrites the activation that it belongs to, and the last one updates the
+// latent.
+//
+// The order in which every sum is taken is fixed here, in the tables, so that all mappings give the same bits.
+#pragma once
+
+#include "launch.h"
+
+namespace defgan::cuda {
+
+constexpr int kGroupRows = 8;
+constexpr int kChunk = 32;           // channels of a block of storage (layout.h); channels are padded to whole ones
+constexpr int kMaxParameters = 256;  // their addresses travel as kernel arguments
+constexpr int kChains = 4;           // partial sums of a long dot product (Gemm::chains)
+constexpr int kMinChainChunks = 32;  // dot products of fewer chunks are taken in one chain
+constexpr int kNone = -1;
+
+enum class StageKind : int32_t { kGemm, kMap, kReorder, kImage, kSpread };
+
+enum class Epilogue : int32_t {
+  kActivate,  // bias, activation; stored
+  kSums,      // float32, to the sums of the image
+  kGradient,  // times the derivative that the stored activation tells; written over it
+  kUpdate,    // the latent's gradient: one momentum step
+};
+
+// Destination positions that are fed by the same matrices: those of one phase. At a border some sources are missing.
+struct PositionClass {
+  int32_t taps, positions;
+  int32_t matrix;    // table: the matrix of each tap, in the order of summation
+  int32_t source;    // table: [tap][position], source position or kNone
+  int32_t position;  // table: the destination positions
+  int32_t pad[3];
+};
+
+// One stage. Table fields are offsets, in elements of int32, into the index table.
+struct alignas(16) Stage {
+  StageKind kind;
+  Epilogue epilogue;
+  int32_t activation;  // of kActivate; of the layer below for kGradient; of the last layer for kImage
+  float slope;
+  int64_t source, destination;  // bytes into a group's buffers
+  int32_t source_positions, destination_positions;
+  int32_t source_chunks, destination_chunks;
+  // kGemm
+  int64_t weights;  // bytes into the packed weights
+  int32_t classes, class_count, matrices;
+  int32_t source_channels;  // unpadded, for kernels that need no padding
+  int32_t chains;
+  int32_t bias, bias_stride;  // floats into the packed vectors; stride between positions, 0: the same at all
+  // kMap: forward reads from[destination]; backward sums over to[to_begin[p] .. to_begin[p + 1]).
+  // kReorder and kSpread: index[position][channel]: source position * channels + channel, or the pixel; or kNone.
+  int32_t index, index_begin;
+  int32_t scale, shift, scale_stride;  // floats into the packed vectors, as the bias
+  int32_t backward;
+  // kImage: pixel p is the bias plus sums[entry[begin[p]] .. entry[begin[p + 1]]), offsets in floats
+  int32_t pixels;
+  int32_t pad[1];
+};
+
+// What packing does for one stage: which elements of which parameter make up its matrices.
+struct alignas(16) Pack {
+  int64_t weights;                    // bytes, destination
+  int64_t elements;                   // to write
+  int32_t weight;                     // parameter
+  int32_t matrices, rows, columns;    // padded: destination channels, source channels
+  int32_t row_offset, column_offset;  // tables: element offset in the parameter, kNone for padding
+  int32_t row_norm, column_norm;      // tables: index into the norm's vectors, kNone where the other one has it
+  int32_t set_of;                     // 0: the matrix is the set, 1: the row tells it (row_set), 2: the column does
+  int32_t row_set, column_set;
+  int32_t set_begin, set_taps, set_norm;
+  int32_t mean, var, gamma;  // parameters of the norm, kNone: no norm
+  float eps;
+  int32_t pad[2];
+};
+
+// One float of the packed vectors: biases (norm folded), and scales and shifts of maps.
+struct alignas(16) PackVector {
+  int32_t destination, count;  // floats
+  int32_t element;             // table: index into the bias parameter, kNone for padding (then `fill`)
+  int32_t norm;                // table: index into the norm's vectors
+  int32_t bias, mean, var, gamma, beta;
+  int32_t what;  // 0: bias * scale + shift, 1: scale, 2: shift
+  float eps, fill;
+};
+
+struct alignas(16) Header {
+  int64_t stages, packs, vectors, classes, index;  // bytes into the blob
+  int32_t forward_stages, all_stages;              // kImage is the last of the forward ones
+  int32_t pack_count, vector_count;
+  int64_t group_bytes;              // of one group's buffers
+  int64_t latent, velocity, image;  // bytes into them: float32 [k][8], [k][8], [pixel][8]
+  int32_t latent_size, latent_chunks, pixels;
+  float gradient_scale;  // 2 / pixels: of the mean squared error, applied at the update
+};
+
+class Program {
+ public:
+  Program(const Plan& plan, const std::vector<int64_t>& elements, Precision precision);
+
+  Plan plan;
+  Precision precision;
+  Header header{};
+  std::vector<Stage> stages;
+  std::vector<Pack> packs;
+  std::vector<PackVector> vectors;
+  std::vector<PositionClass> classes;
+  std::vector<int32_t> index;
+  int64_t weight_bytes = 0, vector_floats = 0;
+  // This program's tables, then those of `exact` where there is one.
+  std::vector<char> tables;
+  // Of a precision with fewer than 32 bits: evaluates the final error and decodes.
+  std::shared_ptr<const Program> exact;
+
+  int element_bytes() const { return precision == Precision::kFloat32 ? 4 : 2; }
+  const Program& float32() const { return exact ? *exact : *this; }
+};
+
+// Bytes into the tables where those of program.float32() begin.
+inline int64_t exact_tables_offset(const Program& program) {
+  return program.exact ? int64_t(program.tables.size() - program.exact->tables.size()) : 0;
+}
+
+}  // namespace defgan::cuda

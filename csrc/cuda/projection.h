@@ -1,0 +1,33 @@
+// A projection as a sequence of kernel launches, written against an abstract device: the CUDA one (cuda_device.cu) or
+// the CPU execution (on_cpu.cpp). So the whole path from a call's arguments to the last error is tested without a GPU.
+#pragma once
+
+#include "program.h"
+
+namespace defgan::cuda {
+
+enum class KernelId { kPack, kTeam, kFused };
+
+struct KernelLaunch {
+  KernelId kernel;
+  Precision precision;
+  int geometry;  // of kFused: index into the list of fused geometries
+  const void* params;
+  int blocks, threads;
+  size_t shared_bytes;
+  bool cooperative;  // all blocks resident at once
+};
+
+class Queue {
+ public:
+  virtual ~Queue() = default;
+  virtual void launch(const KernelLaunch& launch) = 0;
+  virtual void clear(void* data, size_t bytes) = 0;  // to zero
+};
+
+void project(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+             const Schedule& schedule, const ProjectArgs& args);
+void decode(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+            const Schedule& schedule, const float* latents, int64_t count, void* workspace, float* images);
+
+}  // namespace defgan::cuda

@@ -1,0 +1,9 @@
+// Packing and the team kernel in bfloat16.
+#include "team_entries.cuh"
+
+namespace defgan::cuda {
+
+template void launch_pack<Bfloat16>(const KernelLaunch&, cudaStream_t);
+template void launch_team<Bfloat16>(const KernelLaunch&, cudaStream_t);
+
+}  // namespace defgan::cuda

@@ -1,0 +1,169 @@
+"""Reconstructions of a whole part of a data set, computed once and kept in memory-mapped files.
+
+Training on reconstructions (Defense-GAN-Rec) and every table of the paper need the same projections, which
+take hours. A folder named by a hash of everything that they depend on holds them: generator, settings of the
+projection, and data. Work goes on where it was stopped, block by block; a lock that the system releases with
+the process makes a second run wait for the first and then find its result. A file's space is reserved before
+it is mapped, because a full disk would otherwise kill the process at a store to memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from defgan_fast import progress
+from defgan_fast.projector import Projector
+from defgan_fast.weights import write_atomically
+
+IMAGES = "images.npy"
+ERRORS = "errors.npy"
+DONE = "done.json"
+SETTINGS = "settings.json"
+LOCK = "lock"
+# Images per call of the projector, and images between two records of what is done.
+GROUP = 5
+BLOCK = 10
+
+
+class Reconstructions(NamedTuple):
+    """What the cache holds of one part of a data set; both are mapped files, read page by page."""
+
+    images: torch.Tensor  # [N, C, H, W] float32
+    errors: torch.Tensor  # [N] float32, final mean squared errors
+
+
+def cached(
+    projector: Projector,
+    images: torch.Tensor,
+    data_hash: str,
+    folder: Path,
+    limit: int | None = None,
+) -> Reconstructions:
+    """Reconstruct ``images``, or take from the cache what is there.
+
+    Args:
+        projector: its generator and settings belong to the key; its seed must be an int.
+        images: [N, C, H, W] in the generator's range.
+        data_hash: fingerprint of the images, part of the key.
+        folder: of all caches; this one's lies below it.
+        limit: only the first so many images now; the rest of the file stays for a later call.
+
+    Returns:
+        The first ``limit`` reconstructions and errors.
+
+    Raises:
+        ValueError: the projector draws fresh starting points at each call, or a file in the cache does not
+            have the shape that belongs to its key.
+        OSError: the disk is full, before any work is done.
+    """
+    if projector.seed is None:
+        raise ValueError("projector must have a seed to be cached, got seed=None")
+    count = len(images) if limit is None else min(limit, len(images))
+    settings = _settings(projector, images, data_hash)
+    place = folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    with _locked(place / LOCK):
+        if not (place / SETTINGS).exists():
+            write_atomically(place / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+        pictures = _mapped(place / IMAGES, tuple(images.shape))
+        errors = _mapped(place / ERRORS, (len(images),))
+        done = _done(place / DONE)
+        with progress.bar(count, "reconstructions", "image", initial=min(done, count)) as bar:
+            while done < count:
+                block = slice(done, min(done + BLOCK, count))
+                for start in range(block.start, block.stop, GROUP):
+                    rows = slice(start, min(start + GROUP, block.stop))
+                    with torch.no_grad():
+                        found = projector.project(images[rows])
+                    pictures[rows] = found.images.cpu().numpy()
+                    errors[rows] = found.errors.cpu().numpy()
+                    bar.update(rows.stop - rows.start)
+                # The data first: what the record counts must be there after a crash.
+                pictures.flush()
+                errors.flush()
+                done = block.stop
+                write_atomically(place / DONE, json.dumps({"images": done}).encode())
+    return Reconstructions(torch.from_numpy(pictures[:count]), torch.from_numpy(errors[:count]))
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of the names, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dict[str, Any]:
+    """Everything that the reconstructions depend on."""
+    from defgan_fast._version import __version__
+
+    return {
+        "generator": weights_hash(projector.generator),
+        "generator_class": type(projector.generator).__name__,
+        "data": data_hash,
+        "shape": list(images.shape),
+        "steps": projector.steps,
+        "restarts": projector.restarts,
+        "lr": projector.lr,
+        "momentum": projector.momentum,
+        "lr_decay": projector.lr_decay,
+        "decay_at": projector.decay_at,
+        "seed": projector.seed,
+        "precision": projector.precision_for(images[:1]),
+        "backend": projector.backend_for(images[:1]),
+        "defgan_fast": __version__,
+    }
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of one cache, waiting for another process if need be."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another process that computes {path.parent}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _mapped(path: Path, shape: Sequence[int]) -> np.memmap:
+    """A float32 array in a file of its full size."""
+    if not path.exists():
+        partial = path.with_suffix(".new")
+        np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=tuple(shape)).flush()
+        try:
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
+        except OSError as error:
+            partial.unlink()
+            reason = f"{os.strerror(error.errno or 0)}, reserving space for"
+            raise OSError(error.errno, reason, str(path)) from None
+        os.replace(partial, path)
+    try:
+        # Read-only first: opened for writing, a file that is too short would silently be made longer.
+        np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r+")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is truncated or not an array ({error}); delete its folder") from None
+    if array.shape != tuple(shape) or array.dtype != np.float32:
+        raise ValueError(f"{path} must be float32 {tuple(shape)}, got {array.dtype} {array.shape}")
+    return array
+
+
+def _done(path: Path) -> int:
+    return int(json.loads(path.read_text())["images"]) if path.exists() else 0

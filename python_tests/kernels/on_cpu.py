@@ -1,0 +1,193 @@
+"""The CUDA kernels' own sources, compiled for the CPU and called from Python.
+
+The library is `csrc/cuda/execution/driver.cpp` and what it needs, built by the C++ compiler into `build/cuda-on-cpu`,
+named by a hash of the sources and the flags, so that it is compiled once for each state of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+PRECISIONS = ("float32", "float16", "bfloat16")
+MAPPINGS = ("auto", "fused", "layered", "split")
+# No contraction: where a kernel wants a fused multiply-add it says so, on a GPU too (-fmad=false).
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-w"]
+UNITS: list[tuple[str, list[str]]] = [
+    # The longest first: they decide when the build is done.
+    ("execution/driver_kernels.cpp", ["-O1", "-DDEFGAN_STORAGE=Half", "-DDEFGAN_RUN=run_float16"]),
+    ("execution/driver_kernels.cpp", ["-O1", "-DDEFGAN_STORAGE=Bfloat16", "-DDEFGAN_RUN=run_bfloat16"]),
+    ("execution/driver_kernels.cpp", ["-O1", "-DDEFGAN_STORAGE=float", "-DDEFGAN_RUN=run_float32"]),
+    ("execution/executor.cpp", ["-O3"]),
+    ("execution/shadow.cpp", ["-O2"]),
+    ("execution/fiber.cpp", ["-O2"]),
+    ("execution/driver.cpp", ["-O1"]),
+    ("program.cpp", ["-O1"]),
+    ("projection.cpp", ["-O1"]),
+    ("../plan.cpp", ["-O1"]),
+]
+
+
+def build(
+    csrc: Path = ROOT / "csrc", target: Path = ROOT / "build" / "cuda-on-cpu", flags: Sequence[str] = ()
+) -> Path:
+    """Compiles the library, unless this state of the sources has been compiled already.
+
+    Args:
+        csrc: the folder of the C++ sources.
+        target: where objects and libraries are kept.
+        flags: more flags for every unit.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler failed; its messages are in ``stderr``.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    digest = hashlib.sha256(repr((compiler, FLAGS, list(flags), UNITS)).encode())
+    for path in sorted([*csrc.glob("*.*"), *csrc.glob("cuda/**/*.*")]):
+        digest.update(path.relative_to(csrc).as_posix().encode() + path.read_bytes())
+    folder = target / digest.hexdigest()[:16]
+    library = folder / "libdefgan_cuda_on_cpu.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_unit(n: int) -> Path:
+        source, own = UNITS[n]
+        made = folder / f"{n}.{os.getpid()}.o"
+        command = [*compiler, *FLAGS, *flags, *own, "-c", str(csrc / "cuda" / source), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_unit, range(len(UNITS))))
+    linked = folder / f"{os.getpid()}.so"
+    subprocess.run([*compiler, "-shared", "-o", str(linked), *map(str, objects)], check=True)
+    linked.rename(library)
+    for made in objects:
+        made.unlink()
+    return library
+
+
+class KernelFailure(RuntimeError):
+    """A kernel did what no kernel may do, or an argument was refused; the message is the library's."""
+
+
+@dataclass
+class Result:
+    """Of a projection: latents [B, R, k], errors [B, R], and how it was carried out."""
+
+    latents: Tensor
+    errors: Tensor
+    mapping: str
+    teams: int
+    blocks_per_team: int
+
+
+class Kernels:
+    """The library's two calls, on tensors."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.defgan_error.restype = ctypes.c_char_p
+
+    def project(
+        self,
+        images: Tensor,
+        z0: Tensor,
+        parameters: Sequence[Tensor],
+        plan: str,
+        rates: Sequence[float],
+        momentum: float,
+        precision: str = "float16",
+        mapping: str = "auto",
+        blocks: int = 2,
+        max_rows: int = 0,
+        seed: int = 0,
+    ) -> Result:
+        """As the op `project`, on a pretended device of ``blocks`` multiprocessors; ``seed``: order of threads."""
+        images, z0 = images.float().contiguous(), z0.float().contiguous()
+        restarts, k = z0.shape[-2:]
+        latents = torch.full((len(images), restarts, k), torch.nan)
+        errors = torch.full((len(images), restarts), torch.nan)
+        schedule = (ctypes.c_int * 3)()
+        self._call(
+            "defgan_project",
+            *self._generator(plan, precision, parameters),
+            *self._pointers(images, z0),
+            ctypes.c_int(z0.dim() == 3),
+            ctypes.c_int64(len(images)),
+            ctypes.c_int(restarts),
+            (ctypes.c_float * max(len(rates), 1))(*rates),
+            ctypes.c_int(len(rates)),
+            ctypes.c_float(momentum),
+            ctypes.c_int(MAPPINGS.index(mapping)),
+            ctypes.c_int(blocks),
+            ctypes.c_int64(max_rows),
+            ctypes.c_uint64(seed),
+            *self._pointers(latents, errors),
+            schedule,
+        )
+        return Result(latents, errors, MAPPINGS[schedule[0]], schedule[1], schedule[2])
+
+    def decode(
+        self,
+        latents: Tensor,
+        parameters: Sequence[Tensor],
+        plan: str,
+        shape: Sequence[int],
+        precision: str = "float32",
+        blocks: int = 2,
+        max_rows: int = 0,
+        seed: int = 0,
+    ) -> Tensor:
+        """As the op `decode`; ``shape``: of one image."""
+        latents = latents.float().contiguous()
+        images = torch.full((len(latents), *shape), torch.nan)
+        self._call(
+            "defgan_decode",
+            *self._generator(plan, precision, parameters),
+            *self._pointers(latents),
+            ctypes.c_int64(len(latents)),
+            ctypes.c_int(blocks),
+            ctypes.c_int64(max_rows),
+            ctypes.c_uint64(seed),
+            *self._pointers(images),
+        )
+        return images
+
+    def _generator(self, plan: str, precision: str, parameters: Sequence[Tensor]) -> list[object]:
+        self._held = [p.detach().float().contiguous() for p in parameters]
+        count = len(self._held)
+        return [
+            plan.encode(),
+            ctypes.c_int(PRECISIONS.index(precision)),
+            (ctypes.c_void_p * max(count, 1))(*(p.data_ptr() for p in self._held)),
+            (ctypes.c_int64 * max(count, 1))(*(p.numel() for p in self._held)),
+            ctypes.c_int(count),
+        ]
+
+    @staticmethod
+    def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+        return [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if getattr(self._library, name)(*arguments):
+            raise KernelFailure(self._library.defgan_error().decode())
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """The library of the sources as they are."""
+    return Kernels(build())
