@@ -20,7 +20,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Registers `defgan-fast bench`."""
     parser = subparsers.add_parser("bench", help="measure the kernels against the machine and other software")
     parser.add_argument(
-        "--quick", action="store_true", help="float32 at 1 and 10 images x 10 restarts only, two minutes"
+        "--quick", action="store_true", help="float32 at 1 and 10 images x 10 restarts only, a few minutes"
     )
     parser.add_argument(
         "--json",
