@@ -20,7 +20,7 @@ ptxas info    : 0 bytes gmem
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to x
 ptxas info    : Compiling entry function '_Z5firstPf' for 'sm_90'
 ptxas info    : Function properties for _Z5firstPf
-    64 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+    136 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
 ptxas info    : Function properties for _Z5layerf
     0 bytes stack frame, 8 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 50000 bytes smem, 400 bytes cmem[0]
@@ -76,7 +76,7 @@ def cuda_check():
 def test_reports_are_read(cuda_check):
     first, layer, second = cuda_check.parse_ptxas(REPORT, "a.cu", 90)
     assert (first.kernel, first.registers, first.shared) == (True, 255, 50000)
-    assert (first.stack, first.spill_stores, first.spill_loads) == (64, 24, 40)
+    assert (first.stack, first.spill_stores, first.spill_loads) == (136, 24, 40)
     assert (layer.kernel, layer.registers, layer.spill_stores) == (False, None, 8)
     assert (second.kernel, second.registers, second.shared) == (True, 10, 0)
     bounds = cuda_check.launch_bounds(PTX)
@@ -88,7 +88,7 @@ def test_each_gate_names_what_it_found(cuda_check):
     first.threads, second.threads = 512, 128
     assert cuda_check.judge(first) == [
         "spills 64 bytes, allowed 0",
-        "has a stack frame of 64 bytes, allowed 0",
+        "has a stack frame of 136 bytes, allowed 128",
         "uses 255 registers, 512 threads x 1 blocks a multiprocessor leave 128",
         "has 50000 bytes of static shared memory, at most 49152",
     ]

@@ -37,9 +37,10 @@ ONLY = {"fused*.cu": (90, 100)}
 REGISTERS = 65_536  # of a multiprocessor, on all of these architectures
 REGISTERS_OF_A_THREAD = 255
 STATIC_SHARED = 48 * 1024  # more has to be asked for at launch
-# Bytes. A spilled word is a round trip to L1 within a loop that has to hide others already.
+# Bytes. A spilled word is a round trip to L1 within a loop that has to hide others already. A kernel that calls
+# functions which are not inlined keeps what it hands to them by reference on the stack, outside of their loops.
 ALLOWED_SPILLS = 0
-ALLOWED_STACK = 0
+ALLOWED_STACK = 128
 SERIALISED = re.compile(r"C75(?:1[0-9])")
 
 

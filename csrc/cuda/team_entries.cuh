@@ -8,7 +8,7 @@
 namespace defgan::cuda {
 
 template <class S>
-__global__ void __launch_bounds__(kPackThreads) pack_entry(const __grid_constant__ PackParams p) {
+__global__ void __launch_bounds__(kPackThreads, 2) pack_entry(const __grid_constant__ PackParams p) {
   pack_kernel<S>(p);
 }
 

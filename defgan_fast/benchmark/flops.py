@@ -14,6 +14,8 @@ import math
 import torch
 from torch import nn
 
+from defgan_fast.benchmark.generators import Crop
+
 
 def flop_per_step(generator: nn.Module, latent_size: int) -> int:
     """FLOP of one row and one step, forward pass and gradient with respect to z; two per multiply-add."""
@@ -24,29 +26,36 @@ def multiply_adds(generator: nn.Module, latent_size: int) -> int:
     """Useful multiply-adds of one forward pass of one latent.
 
     Args:
-        generator: any module made of Linear, Conv2d, ConvTranspose2d, nearest Upsample and layers that do not
-            multiply by a matrix; called once with a zero latent.
+        generator: any module made of Linear, Conv2d, ConvTranspose2d, nearest Upsample, a Crop directly after a
+            convolution, and layers that do not multiply by a matrix; called once with a zero latent.
         latent_size: k.
     """
     total = 0
     factors = (1, 1)  # of an Upsample since the last layer with a matrix
+    last: tuple[nn.Module, torch.Size, tuple[int, int], int] | None = None  # and its count
 
     def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        nonlocal total, factors
+        nonlocal total, factors, last
         size_in, size_out = inputs[0].shape[2:], output.shape[2:]
         if isinstance(layer, nn.Upsample):
             factors = (factors[0] * size_out[0] // size_in[0], factors[1] * size_out[1] // size_in[1])
             return
+        if isinstance(layer, Crop):
+            assert last is not None, "a crop follows the convolution whose output it cuts"
+            layer, size_in, factors, counted = last
+            total -= counted
         if isinstance(layer, nn.Linear):
             total += layer.in_features * layer.out_features
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             pairs = math.prod(
                 _pairs(layer, axis, size_in[axis], size_out[axis], factors[axis]) for axis in (0, 1)
             )
-            total += pairs * layer.in_channels * layer.out_channels // layer.groups
+            counted = pairs * layer.in_channels * layer.out_channels // layer.groups
+            total += counted
+            last = (layer, size_in, factors, counted)
         factors = (1, 1)
 
-    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Upsample)
+    kinds = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Upsample, Crop)
     hooks = [layer.register_forward_hook(count) for layer in generator.modules() if isinstance(layer, kinds)]
     try:
         parameter = next(generator.parameters())

@@ -7,7 +7,7 @@ same weights and slopes without biases, applied to v; and what arrives from abov
 arrived there when g was computed. The penalty therefore costs one more forward pass, of v, and nothing that
 real and generated images do not need as well. All three kinds share their passes: forward, down to the
 images, and to the weights. A general double backward also sends zeros, the second derivatives, through every
-layer, and took 1.6 times as long for the whole critic step when this was written.
+layer.
 """
 
 from __future__ import annotations

@@ -155,6 +155,10 @@ def check_errors(case: Case, result: on_cpu.Result) -> None:
     torch.testing.assert_close(result.errors.double().flatten(), expected.detach(), rtol=2e-5, atol=1e-9)
 
 
+# A stage of every kind once more is enough where each case is projected six times.
+FEWER = ["transposed-a", "linear-a", "one-pixel-a", "unfoldable-norm-a", "latent-as-map"]
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request: pytest.FixtureRequest) -> Case:
     return make_case(request.param)
@@ -200,9 +204,11 @@ def test_three_steps_and_the_error_that_picks(case: Case, precision: str) -> Non
     assert ((result.latents - z).norm(dim=-1) / travelled).median() < 3 * bound
 
 
+@pytest.mark.parametrize("name", FEWER)
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
-def test_bits_depend_on_nothing_but_the_row(case: Case, precision: str) -> None:
+def test_bits_depend_on_nothing_but_the_row(name: str, precision: str) -> None:
     """Not on the mapping, the blocks of a team, the order of threads, the rows in flight, the place in the batch."""
+    case = make_case(name)
     rates = [case.lr] * 2
     whole = run(case, rates, precision, "layered")
     for mapping, options in (
@@ -258,11 +264,13 @@ def test_fused_digits(precision: str) -> None:
 
 @pytest.mark.parametrize("alignment", ["torch", "tensorflow"])
 def test_fused_at_full_width(alignment: str) -> None:
-    """The paper's geometry, d = 64: one step against both references, and the same bits as split; 10 rows."""
+    """The paper's geometry, d = 64: one step against both references; in one alignment the same bits as split."""
     case = paper_case(alignment)
     assert latent_size_of(case.generator) == 128
-    check_one_step(case, "float16", "fused")
-    fused = run(case, [case.lr], "float16", "fused", seed=9)
+    check_one_step(case, "float16", "fused", seed=9)
+    if alignment == "tensorflow":
+        return
+    fused = run(case, [case.lr], "float16", "fused")
     split = run(case, [case.lr], "float16", "split", blocks=4)
     assert torch.equal(fused.latents, split.latents)
     assert torch.equal(fused.errors, split.errors)

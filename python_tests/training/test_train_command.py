@@ -104,18 +104,8 @@ def test_train_weights(tmp_path, monkeypatch, capsys):
     small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
     monkeypatch.setitem(training.GAN_DEFAULTS, "digits", small)
     monkeypatch.setitem(training.CLASSIFIER_DEFAULTS, "digits", {"arch": "E", "epochs": 2})
-    words = [
-        "train",
-        "weights",
-        "--images",
-        "3",
-        "--images-test",
-        "4",
-        "--work",
-        str(tmp_path / "work"),
-        "--out",
-        str(tmp_path),
-    ]
+    words = ["train", "weights", "--images", "3", "--images-test", "4", "--images-attacked", "2"]
+    words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert cli.main(words) == 0
     generator = weights.load_generator(tmp_path / "digits_generator.safetensors")
     assert generator.config["latent_size"] == 4
