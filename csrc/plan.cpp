@@ -255,12 +255,15 @@ bool shares_products(const Links& links) {
   return false;
 }
 
+int64_t multiply_adds(const Layer& layer) {
+  if (!layer.has_matrix()) return 0;
+  return int64_t(links_of(layer, true).links.size()) * int64_t(links_of(layer, false).links.size()) * layer.in.c *
+         layer.out.c;
+}
+
 int64_t multiply_adds(const Plan& plan) {
   int64_t total = 0;
-  for (const Layer& layer : plan.layers)
-    if (layer.has_matrix())
-      total += int64_t(links_of(layer, true).links.size()) * int64_t(links_of(layer, false).links.size()) * layer.in.c *
-               layer.out.c;
+  for (const Layer& layer : plan.layers) total += multiply_adds(layer);
   return total;
 }
 

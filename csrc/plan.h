@@ -80,6 +80,7 @@ Links links_of(const Layer& layer, bool vertical);
 bool shares_products(const Links& links);
 
 // Multiply-adds of one forward pass of one row, border taps counted exactly.
+int64_t multiply_adds(const Layer& layer);
 int64_t multiply_adds(const Plan& plan);
 
 // Useful floating-point operations of one gradient step of one row: forward and data gradient.

@@ -132,6 +132,55 @@ def measurement():
     return run.measure(cases, generator_name="digits", repetitions=3, seconds=0.01, steps=10, compiled=False)
 
 
+def test_an_interrupted_measurement_is_continued(measurement):
+    first = run.Case(1, 2, "float32")
+    earlier = json.loads(json.dumps(measurement)) | {"complete": False}
+    earlier["rows"] = [row for row in earlier["rows"] if row["precision"] == "float32"]
+    kept = [row["ms_per_step"] for row in earlier["rows"]]
+    saved = []
+    result = run.measure(
+        [first, run.Case(2, 1, "bfloat16")],
+        generator_name="digits",
+        repetitions=1,
+        seconds=0.01,
+        steps=10,
+        compiled=False,
+        earlier=earlier,
+        save=lambda result: saved.append((len(result["rows"]), result["complete"])),
+    )
+    assert [row["ms_per_step"] for row in result["rows"][: len(kept)]] == kept
+    assert {row["precision"] for row in result["rows"][len(kept) :]} == {"bfloat16"}
+    assert saved == [(len(result["rows"]), False), (len(result["rows"]), True)]
+    assert result["complete"]
+
+
+def test_other_conditions_are_not_continued(measurement):
+    other = measurement | {"generator": "mnist", "complete": False}
+    with pytest.raises(ValueError, match="the earlier measurement has generator mnist, this one digits"):
+        run.measure([], generator_name="digits", earlier=other)
+
+
+@pytest.mark.parametrize(("complete", "continued"), [(False, True), (True, False)])
+def test_only_an_unfinished_file_is_continued(
+    complete, continued, measurement, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(measurement | {"complete": complete}))
+    given = []
+
+    def measure(cases, earlier, save, **_):
+        given.append((cases, earlier))
+        save(measurement)
+        return measurement
+
+    monkeypatch.setattr(run, "measure", measure)
+    assert cli.main(["bench", "--precision", "float32", "--json", str(file)]) == 0
+    assert [case.precision for case in given[0][0]] == ["float32"] * len(run.SIZES)
+    assert (given[0][1] is not None) == continued
+    assert json.loads(file.read_text())["complete"]
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_rows_have_the_promised_keys(measurement):
     keys = "backend precision images restarts steps threads ms_per_step gflops_useful share_of_peak"
     for row in measurement["rows"]:

@@ -6,6 +6,8 @@
 // in list order, channels ascending, one fused multiply-add each), so a result's bits do not depend on the
 // tile's shape, on which thread computes it, or on which of the two schedules does.
 //
+// kFetchesAhead of a vector type: whether the weights that come next are fetched into the second-level cache.
+//
 // Storage S provides: V (vector type with load, store, broadcast, zero, fma, ...), kChannels (of a unit),
 // mac(acc, dword, weights), load(const char*) and store(char*, v) of V::kLanes channels.
 
@@ -44,6 +46,8 @@ void gemm_kernel(const GemmArgs& g) {
   }
   constexpr int kPanelVectors = NR == 1 ? 1 : 2;
   constexpr int kStepBytes = kPanelVectors * V::kLanes * 4;
+  const char* ahead = g.ahead;
+  const int64_t ahead_advance = g.ahead_advance;
   for (int t = 0; t < g.tap_count; ++t) {
     const char* a = g.source + g.taps[t].source * g.position_stride;
     const char* w = g.weights + g.taps[t].matrix * g.matrix_stride;
@@ -53,6 +57,10 @@ void gemm_kernel(const GemmArgs& g) {
         DEFGAN_UNROLL(16)
         for (int n = 0; n < NR; ++n)
           b[n] = V::load(reinterpret_cast<const float*>(w + (n / 2) * g.panel_stride) + (n % 2) * V::kLanes);
+        if constexpr (V::kFetchesAhead) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += ahead_advance;
+        }
         DEFGAN_UNROLL(16)
         for (int m = 0; m < M; ++m) {
           const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a + m * kUnitBytes) + k);
@@ -102,6 +110,8 @@ void tap_kernel(const TapArgs& g) {
           V::load(reinterpret_cast<const float*>(d + vector_offset<V, kUnitFloats>(n, g.destination_unit_stride)));
   }
   const char* w = g.weights;
+  const char* ahead = g.ahead;
+  const int64_t ahead_advance = g.ahead_advance;
   const char* a[Y];
   DEFGAN_UNROLL(4)
   for (int y = 0; y < Y; ++y) a[y] = g.source[y];
@@ -110,6 +120,10 @@ void tap_kernel(const TapArgs& g) {
       typename V::T b[NR];
       DEFGAN_UNROLL(16)
       for (int n = 0; n < NR; ++n) b[n] = V::load(reinterpret_cast<const float*>(w) + n * V::kLanes);
+      if constexpr (V::kFetchesAhead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_advance;
+      }
       DEFGAN_UNROLL(16)
       for (int m = 0; m < Y * X; ++m) {
         const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a[m / X] + (m % X) * kUnitBytes) + k);

@@ -41,7 +41,9 @@ struct GemmArgs {
   int64_t matrix_stride, panel_stride;  // bytes
   char* destination;                    // kRaw: float32 units; else units of the storage type
   int64_t destination_unit_stride;
-  const float* bias;  // nullptr: zeros
+  const float* bias;      // nullptr: zeros
+  const char* ahead;      // weights that come next, fetched into the second-level cache meanwhile,
+  int64_t ahead_advance;  // this many bytes further with every step
   Activation activation;
   float slope;
 };
@@ -55,6 +57,8 @@ struct TapArgs {
   int64_t unit_stride, destination_unit_stride;
   int steps;
   const char* weights;
+  const char* ahead;  // as in GemmArgs
+  int64_t ahead_advance;
 };
 using TapKernel = void (*)(const TapArgs&);
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <set>
 
 namespace defgan::cpu {
 
@@ -154,20 +155,57 @@ std::vector<Run> runs_of(const Links& links, bool backward) {
   return runs;
 }
 
+void set_channels(Gemm& g, const KernelTable* table, int source, int destination) {
+  g.table = table;
+  g.source_channels = source;
+  g.destination_channels = destination;
+  g.steps = table->unit_channels == 32 ? (source + 1) / 2 : source;
+}
+
 void drop_tap_schedule(Gemm& g) {
   g.vertical.clear();
   g.horizontal.clear();
   g.phases = 1;
 }
 
+// Orders positions phase by phase. While one phase is computed the next one's matrices are fetched, or after the last
+// phase those that the next panel begins with; a position's share of them is its share of the phase's taps.
+void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
+  std::vector<std::vector<int>> matrices;  // of each phase
+  for (const std::vector<int>& positions : phases) {
+    std::set<int> used;
+    for (const int p : positions)
+      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t) used.insert(g.taps[size_t(t)].matrix);
+    matrices.emplace_back(used.begin(), used.end());
+  }
+  for (size_t phase = 0; phase < phases.size(); ++phase) {
+    const bool last = phase + 1 == phases.size();
+    const std::vector<int>& next = matrices[last ? 0 : phase + 1];
+    const int64_t wanted = int64_t(next.size()) * g.steps;
+    int64_t all = 0, done = 0;
+    for (const int p : phases[phase]) all += g.tap_begin[size_t(p) + 1] - g.tap_begin[size_t(p)];
+    for (const int p : phases[phase]) {
+      const int taps = g.tap_begin[size_t(p) + 1] - g.tap_begin[size_t(p)];
+      Place place{p, 0, 0};
+      if (taps > 0 && wanted > 0) {
+        const int64_t from = wanted * done / all;
+        const int matrix = next[size_t(from / g.steps)] + (last ? g.matrices : 0);
+        place.ahead_step = int64_t(matrix) * g.steps + from % g.steps;
+        place.ahead_rate = float(next.size()) / float(all);
+      }
+      g.order.push_back(place);
+      done += taps;
+    }
+  }
+}
+
 // Geometry of one direction: taps per destination, their order, the tap schedule.
-void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backward) {
+void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, const Links& xs, bool backward) {
   const Shape& source = backward ? l.out : l.in;
   const Shape& destination = backward ? l.in : l.out;
   g.source_positions = source.positions();
   g.destination_positions = destination.positions();
-  g.source_channels = source.c;
-  g.destination_channels = destination.c;
+  set_channels(g, table, source.c, destination.c);
   g.matrices = int(ys.sets.size() * xs.sets.size());
   g.horizontal_sets = int(xs.sets.size());
   g.source_width = source.w;
@@ -195,10 +233,14 @@ void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backwa
 
   const int phase_h = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.h : l.upsample.h);
   const int phase_w = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.w : l.upsample.w);
+  std::vector<std::vector<int>> phases;
   for (int py = 0; py < phase_h; ++py)
-    for (int px = 0; px < phase_w; ++px)
+    for (int px = 0; px < phase_w; ++px) {
+      phases.emplace_back();
       for (int y = py; y < destination.h; y += phase_h)
-        for (int x = px; x < destination.w; x += phase_w) g.order.push_back(y * destination.w + x);
+        for (int x = px; x < destination.w; x += phase_w) phases.back().push_back(y * destination.w + x);
+    }
+  order_places(g, phases);
 
   if (l.kind == Kind::kLinear) return;
   g.vertical = runs_of(ys, backward);
@@ -219,11 +261,9 @@ void link(Gemm& g, const Layer& l, const Links& ys, const Links& xs, bool backwa
 
 // weight(matrix, source channel, destination channel)
 template <class Weight>
-void pack_weights(Gemm& g, const KernelTable* table, const Weight& weight) {
-  g.table = table;
-  const bool pairs = table->unit_channels == 32;
-  const int lanes = table->lanes, panel_channels = 2 * lanes;
-  g.steps = pairs ? (g.source_channels + 1) / 2 : g.source_channels;
+void pack_weights(Gemm& g, const Weight& weight) {
+  const bool pairs = g.table->unit_channels == 32;
+  const int lanes = g.table->lanes, panel_channels = 2 * lanes;
   g.panels = g.destination_channels / panel_channels;
   const int rest = g.destination_channels % panel_channels;
   if (rest > lanes) ++g.panels;
@@ -321,13 +361,13 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
         pixels[size_t(c) * size_t(positions) + size_t(p)].push_back({(c / 16) * positions + p, c % 16});
     if (l.has_matrix()) {
       const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-      link(last.forward, l, ys, xs, false);
-      pack_weights(last.forward, table, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
+      link(last.forward, table, l, ys, xs, false);
+      pack_weights(last.forward, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
       pack_bias(last.forward, bias, per_position ? positions : 1);
-      link(last.backward, l, ys, xs, true);
+      link(last.backward, table, l, ys, xs, true);
       // The image's gradient is in natural order, so only a schedule that reads that will do.
       if (last.backward.phases > 1) drop_tap_schedule(last.backward);
-      pack_weights(last.backward, table, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
+      pack_weights(last.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
     }
   } else {
     // Every input position times every (tap, channel): one tap, all positions at once.
@@ -352,14 +392,12 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Pa
       g->matrices = 1;
       g->tap_begin = {0, 1};
       g->taps = {{0, 0}};
-      g->order = {0};
     }
-    last.forward.source_channels = last.backward.destination_channels = l.in.c;
-    last.forward.destination_channels = last.backward.source_channels = columns;
-    pack_weights(last.forward, table,
-                 [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
-    pack_weights(last.backward, table,
-                 [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
+    set_channels(last.forward, table, l.in.c, columns);
+    set_channels(last.backward, table, columns, l.in.c);
+    for (Gemm* g : {&last.forward, &last.backward}) order_places(*g, {{0}});
+    pack_weights(last.forward, [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
+    pack_weights(last.backward, [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
   }
   packed.entry_begin = {0};
   for (const auto& list : pixels) {
@@ -406,13 +444,13 @@ std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Pa
       const Links ys = links_of(l, true), xs = links_of(l, false);
       const Affine affine = affine_of(l, parameters);
       const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-      link(layer.forward, l, ys, xs, false);
-      pack_weights(layer.forward, table, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
+      link(layer.forward, table, l, ys, xs, false);
+      pack_weights(layer.forward, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
       bool per_position = false;
       const std::vector<float> bias = bias_of(l, parameters, affine, &per_position);
       pack_bias(layer.forward, bias, per_position ? l.out.positions() : 1);
-      link(layer.backward, l, ys, xs, true);
-      pack_weights(layer.backward, table, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
+      link(layer.backward, table, l, ys, xs, true);
+      pack_weights(layer.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
     }
     const int phases = layer.backward.phases, width = l.out.w;
     for (int y = 0; y < l.out.h; ++y)

@@ -35,6 +35,15 @@ struct Run {
   int set, source, destination, count, source_step, destination_step;
 };
 
+// A destination position in the order in which a panel computes them. Meanwhile its share of the weights that come
+// next is fetched: from this step of the panel on (counted through all matrices and on into the next panel), so many
+// steps for each of its own.
+struct Place {
+  int position;
+  int64_t ahead_step;
+  float ahead_rate;
+};
+
 // One layer in one direction as a gather-GEMM.
 struct Gemm {
   const KernelTable* table = nullptr;
@@ -43,7 +52,7 @@ struct Gemm {
   int matrices = 0;
   std::vector<int> tap_begin;  // per destination position, and one more
   std::vector<Tap> taps;
-  std::vector<int> order;  // destination positions, those of one phase together, so that a panel stays in cache
+  std::vector<Place> order;  // those of one phase together, which share matrices, so that these stay in cache
 
   // The tap schedule of a single row; empty where the layer does not suit it.
   std::vector<Run> vertical, horizontal;

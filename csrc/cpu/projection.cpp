@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <mutex>
 
 #include "team.h"
 
@@ -77,10 +79,68 @@ int64_t workspace_bytes(const PackedGenerator& g, int rows) {
   return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
 }
 
+// One thread's clock. Without a profile to fill it costs a comparison at each change of work.
+class Stopwatch {
+ public:
+  explicit Stopwatch(Profile* profile, size_t layers) : profile_(profile) {
+    if (!profile_) return;
+    times_.forward.assign(layers, 0.0);
+    times_.backward.assign(layers, 0.0);
+    mark_ = Clock::now();
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  ~Stopwatch() {
+    if (!profile_) return;
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    profile_->forward.resize(times_.forward.size());
+    profile_->backward.resize(times_.backward.size());
+    for (size_t n = 0; n < times_.forward.size(); ++n) {
+      profile_->forward[n] += times_.forward[n];
+      profile_->backward[n] += times_.backward[n];
+    }
+    profile_->image += times_.image;
+    profile_->latent += times_.latent;
+    profile_->waiting += times_.waiting;
+  }
+  // The time since the last call, by what it was spent on.
+  void forward(size_t layer) {
+    if (profile_) times_.forward[layer] += lap();
+  }
+  void backward(size_t layer) {
+    if (profile_) times_.backward[layer] += lap();
+  }
+  void image() {
+    if (profile_) times_.image += lap();
+  }
+  void latent() {
+    if (profile_) times_.latent += lap();
+  }
+  void waiting() {
+    if (profile_) times_.waiting += lap();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double lap() {
+    const Clock::time_point now = Clock::now();
+    const double seconds = std::chrono::duration<double>(now - mark_).count();
+    mark_ = now;
+    return seconds;
+  }
+  Profile* profile_;
+  Profile times_;
+  Clock::time_point mark_;
+};
+
 class Block {
  public:
-  Block(const PackedGenerator& generator, Workspace& workspace, const Member& member)
-      : g_(generator), w_(workspace), me_(member), image_(*generator.set->image) {}
+  Block(const PackedGenerator& generator, Workspace& workspace, const Member& member, Profile* profile)
+      : g_(generator),
+        w_(workspace),
+        me_(member),
+        image_(*generator.set->image),
+        watch_(profile, generator.layers.size()) {}
 
   void project(const ProjectArgs& args, int64_t first, int rows) {
     const int k = g_.plan.latent_size(), pixels = g_.pixels(), stride = g_.pixel_stride();
@@ -95,6 +155,7 @@ class Block {
       std::memset(w_.velocity.data(), 0, w_.velocity.size());
     }
     me_.meet();
+    watch_.latent();
     rows_ = rows;
     int64_t u0, u1;
     me_.share(units_of(k, kUnitFloats), &u0, &u1);
@@ -103,15 +164,18 @@ class Block {
       forward(g_);
       const ImageArgs image = image_args(g_);
       if (image.pixel_begin < image.pixel_end) image_.gradient(image);
-      me_.meet();
+      watch_.image();
+      meet();
       int64_t run0, run1;
       me_.share(int64_t(g_.runs.size()), &run0, &run1);
       image_.scatter(w_.image_delta.floats(), stride, rows, g_.runs.data() + run0, g_.runs.data() + run1,
                      w_.image_gradient.floats());
-      me_.meet();
+      watch_.image();
+      meet();
       backward();
       image_.update(w_.latent.floats(), w_.velocity.floats(), w_.gradient.floats(), k, rows, int(u0), int(u1),
                     args.rates[step], args.momentum);
+      watch_.latent();
       if (step + 1 < args.steps) store_latent(g_, int(u0), int(u1));
     }
     // The error that picks the restart is that of the exact generator.
@@ -150,7 +214,13 @@ class Block {
   Workspace& w_;
   const Member& me_;
   const ImageKernels& image_;
+  Stopwatch watch_;
   int rows_ = 0;
+
+  void meet() {
+    me_.meet();
+    watch_.waiting();
+  }
 
   // What follows a tile of raw sums in scratch.
   struct Finish {
@@ -181,7 +251,8 @@ class Block {
   void store_latent(const PackedGenerator& g, int u0, int u1) {
     if (u0 < u1)
       latent_table(g)->store_latent(w_.latent.floats(), g.plan.latent_size(), rows_, u0, u1, w_.start_units.data());
-    me_.meet();
+    watch_.latent();
+    meet();
   }
 
   ImageArgs image_args(const PackedGenerator& g) const {
@@ -235,7 +306,8 @@ class Block {
           row_schedule(p.forward, Epilogue::kActivate, source, rows_, stored, finish);
         }
       }
-      me_.meet();
+      watch_.forward(n);
+      meet();
       source = stored;
     }
     const PackedLayer& p = g.layers[last];
@@ -244,7 +316,8 @@ class Block {
       int64_t u0, u1;
       me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
       table_of(g)->expand(source, w_.wide.floats(), int(u0), int(u1), places);
-      me_.meet();
+      watch_.forward(last);
+      meet();
       source = w_.wide.data();
     }
     char* columns = w_.columns.data();
@@ -254,9 +327,11 @@ class Block {
       reorder_forward(g.set->float32, p, source, columns);
     else
       row_schedule(p.forward, Epilogue::kRaw, source, g.columns ? g.image_places * rows_ : rows_, columns, Finish());
-    me_.meet();
+    watch_.forward(last);
+    meet();
     const ImageArgs image = image_args(g);
     if (image.pixel_begin < image.pixel_end) image_.forward(image);
+    watch_.image();
   }
 
   // The image's gradient -> the latent's, in w_.gradient.
@@ -313,18 +388,21 @@ class Block {
                                   e1, activation, slope);
         }
         if (finish.what == Finish::kGradient) {
-          me_.meet();
+          watch_.backward(n);
+          meet();
           int64_t u0, u1;
           me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
           finish(w_.scratch.floats(), int(u0) * kUnitFloats, int(u1) * kUnitFloats, 0, places);
         }
       }
-      me_.meet();
+      watch_.backward(n);
+      meet();
       if (narrow && rows_ > 1) {
         int64_t u0, u1;
         me_.share(units_of(p.layer.in.c, kUnitFloats), &u0, &u1);
         table_of(g)->narrow(w_.wide.floats(), w_.stored[n - 1].data(), int(u0), int(u1), places);
-        me_.meet();
+        watch_.backward(n);
+        meet();
       }
     }
   }
@@ -374,6 +452,7 @@ class Block {
       const int channel = panel * panel_channels;
       args.matrix_stride = group == 0 ? g.tail_matrix_stride : g.matrix_stride;
       args.weights = g.panel(panel);
+      const int64_t step_stride = (group == 0 ? 1 : 2) * table.lanes * 4;
       const int64_t offset = (channel / unit_channels) * args.destination_unit_stride +
                              (channel % unit_channels) * (kUnitBytes / unit_channels);
       for (int i = 0; i < g.destination_positions; ++i) {
@@ -384,11 +463,14 @@ class Block {
           item += vectors;
           if (at < begin || at >= end) continue;
         }
-        const int position = g.order[size_t(i)];
+        const Place& place = g.order[size_t(i)];
+        const int position = place.position;
         const int first_tap = g.tap_begin[size_t(position)];
         args.taps = g.taps.data() + first_tap;
         args.tap_count = g.tap_begin[size_t(position) + 1] - first_tap;
         args.bias = g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
+        args.ahead = args.weights + place.ahead_step * step_stride;
+        args.ahead_advance = int64_t(place.ahead_rate * float(step_stride));
         int64_t tile_begin = 0, tile_end = tiles;
         if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
         for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
@@ -446,6 +528,10 @@ class Block {
           args.weights =
               g.panel(panel) + (v.set * g.horizontal_sets + h.set) * (tail ? g.tail_matrix_stride : g.matrix_stride);
           args.destination_step = int64_t(h.destination_step) * kUnitBytes;
+          // The next matrix is fetched while this one is used, which takes about so many tiles.
+          const int64_t tiles = int64_t(h.count) * (last - first) / most + 1;
+          args.ahead = args.weights + (tail ? g.tail_matrix_stride : g.matrix_stride);
+          args.ahead_advance = (tail ? 1 : 2) * table.lanes * 4 / tiles;
           const int pieces = (h.count + most - 1) / most;
           const int phase_start = phase_position(h.source, g.phases, g.source_width);
           for (int piece = 0; piece < pieces; ++piece) {
@@ -461,6 +547,7 @@ class Block {
                     destination + (int64_t(dy) * width + h.destination + x0 * h.destination_step) * kUnitBytes;
               }
               table.tap[tail ? 0 : 1][s1 - s0][x1 - x0](args);
+              args.ahead += args.ahead_advance * args.steps;
             }
           }
         }
@@ -516,7 +603,8 @@ Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max
 
 // Calls use(block, first row, rows) for every block, by teams.
 template <class Use>
-void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows, const Use& use) {
+void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows, Profile* profile,
+                const Use& use) {
   if (rows == 0) return;
   const Lease lease(threads);
   const Division division = divide(g, rows, lease.threads(), max_rows);
@@ -533,7 +621,7 @@ void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   run_threads(division.teams * size, [&](int thread) {
     Team& team = *teams[size_t(thread / size)];
     const Member member{thread % size, size, &team.barrier};
-    Block block(g, team.workspace, member);
+    Block block(g, team.workspace, member, profile);
     for (;;) {
       if (member.id == 0) team.block = next.fetch_add(1);
       member.meet();
@@ -548,13 +636,13 @@ void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max
 }  // namespace
 
 void project(const PackedGenerator& generator, const ProjectArgs& args) {
-  for_blocks(generator, args.images_count * args.restarts, args.threads, args.max_rows,
+  for_blocks(generator, args.images_count * args.restarts, args.threads, args.max_rows, args.profile,
              [&](Block& block, int64_t first, int rows) { block.project(args, first, rows); });
 }
 
 void decode(const PackedGenerator& generator, const float* latents, int64_t count, int threads, int64_t max_rows,
             float* images) {
-  for_blocks(generator, count, threads, max_rows,
+  for_blocks(generator, count, threads, max_rows, nullptr,
              [&](Block& block, int64_t first, int rows) { block.decode(latents, images, first, rows); });
 }
 

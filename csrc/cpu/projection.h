@@ -8,6 +8,13 @@
 
 namespace defgan::cpu {
 
+// Where a projection's time goes: seconds summed over its threads. A layer's time is its products with what is
+// fused into them; `waiting` is the time in barriers. Measured only where ProjectArgs names one.
+struct Profile {
+  std::vector<double> forward, backward;  // by layer
+  double image = 0, latent = 0, waiting = 0;
+};
+
 struct ProjectArgs {
   const float* images;   // [B, pixels]
   const float* start;    // latents [R, k] or [B, R, k]
@@ -21,6 +28,7 @@ struct ProjectArgs {
   int64_t max_rows;  // rows in flight at most; 0: as many as keep working memory under 200 MB
   float* latents;    // out: [B, R, k]
   float* errors;     // out: [B, R], mean squared error after the last step
+  Profile* profile;  // out: added to, or nullptr
 };
 
 void project(const PackedGenerator& generator, const ProjectArgs& args);

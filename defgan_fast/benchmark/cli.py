@@ -9,16 +9,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Registers `defgan-fast bench`."""
     parser = subparsers.add_parser("bench", help="measure the kernels against the machine and other software")
     parser.add_argument(
-        "--quick", action="store_true", help="float32 at 1 and 10 images x 10 restarts only, about a minute"
+        "--quick", action="store_true", help="float32 at 1 and 10 images x 10 restarts only, a few minutes"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all numbers to FILE, and continue with what is missing in FILE where an earlier call was"
+        " interrupted",
+    )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, action="append", help="only this one (default: both)"
+    )
     parser.add_argument(
         "--generator", default="mnist", help="geometry: mnist (default), digits, celeba, dcgan or upsampling"
     )
@@ -42,13 +55,20 @@ def run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    if args.json is not None:
-        with args.json.open("a"):
-            pass
-    if args.quick:
-        result = runner.measure(runner.QUICK, generator_name=args.generator, seconds=0.6, steps=60)
-    else:
-        result = runner.measure(runner.ALL, generator_name=args.generator)
+    earlier = None if args.json is None else _partial(args.json)
+    save = None if args.json is None else partial(_write, args.json)
+    cases = [
+        case
+        for case in (runner.QUICK if args.quick else runner.ALL)
+        if args.precision is None or case.precision in args.precision
+    ]
+    result = runner.measure(
+        cases,
+        generator_name=args.generator,
+        seconds=0.6 if args.quick else 1.0,
+        earlier=earlier,
+        save=save,
+    )
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print(table(result))
@@ -57,6 +77,23 @@ def run(args: argparse.Namespace) -> int:
     warning = runner.disturbance(result)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _partial(file: Path) -> dict[str, Any] | None:
+    """What an interrupted call left; None where there is nothing to continue. The file is opened for writing."""
+    with file.open("a+") as stream:
+        stream.seek(0)
+        text = stream.read()
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("complete") is False else None
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all: an interrupted call must leave what the one before it wrote."""
+    temporary = file.with_name(file.name + ".part")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(file)

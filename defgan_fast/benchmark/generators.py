@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import cast
 
@@ -125,3 +126,15 @@ def _output_spread(generator: nn.Module, layer: nn.Module, latents: torch.Tensor
     generator(latents)
     hook.remove()
     return found[0]
+
+
+def main() -> None:
+    """Prints the lowered plan of a generator: `python -m defgan_fast.benchmark.generators NAME`."""
+    from .. import lowering
+
+    generator = moving_generator(sys.argv[1] if len(sys.argv) > 1 else "mnist")
+    print(lowering.lower(generator, latent_size(generator)).text)
+
+
+if __name__ == "__main__":
+    main()

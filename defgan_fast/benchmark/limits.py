@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ import torch
 from .. import _extension
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MATRIX = 2048
+MATRICES = (256, 512, 1024, 2048)
 
 
-def machine_limits(threads: int, seconds: float = 0.3) -> dict[str, dict[str, float | None]]:
+def machine_limits(
+    threads: int, precisions: Iterable[str] = PRECISIONS, seconds: float = 0.3
+) -> dict[str, dict[str, float | None]]:
     """GFLOP/s by precision: `{"float32": {"probe": ..., "torch.mm": ...}, "bfloat16": ...}`."""
     return {
-        precision: {"probe": probe(precision, threads, seconds), "torch.mm": matrix_product(dtype, seconds)}
-        for precision, dtype in PRECISIONS.items()
+        precision: {
+            "probe": probe(precision, threads, seconds),
+            "torch.mm": matrix_product(PRECISIONS[precision], seconds),
+        }
+        for precision in precisions
     }
 
 
@@ -36,13 +42,21 @@ def probe(precision: str, threads: int, seconds: float = 0.3) -> float | None:
 
 
 def matrix_product(dtype: torch.dtype, seconds: float) -> float:
-    """Median GFLOP/s of `torch.mm` of square matrices, on torch's threads."""
-    a, b = torch.randn(MATRIX, MATRIX).to(dtype), torch.randn(MATRIX, MATRIX).to(dtype)
-    torch.mm(a, b)
+    """Median GFLOP/s of `torch.mm` of square matrices, on torch's threads, of the largest size that is affordable.
+
+    Without bfloat16 instructions a product of 2,048 rows can take a minute, so the size grows while the next one, of
+    eight times the work, would still take less than `seconds`.
+    """
     rates: list[float] = []
-    end = time.perf_counter() + 3 * seconds
-    while time.perf_counter() < end or len(rates) < 3:
-        start = time.perf_counter()
+    for size in MATRICES:
+        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
         torch.mm(a, b)
-        rates.append(2e-9 * MATRIX**3 / (time.perf_counter() - start))
+        rates = []
+        end = time.perf_counter() + (3 * seconds if size == MATRICES[-1] else 0)
+        while time.perf_counter() < end or len(rates) < 3:
+            start = time.perf_counter()
+            torch.mm(a, b)
+            rates.append(2e-9 * size**3 / (time.perf_counter() - start))
+        if 8 * 2e-9 * size**3 / statistics.median(rates) > seconds:
+            break
     return statistics.median(rates)

@@ -4,7 +4,8 @@ A comparison holds only within a run: clocks and neighbours change. So each case
 backend in turn and medians are taken; each backend's errors are compared with the float64 reference before
 it is timed; the load that others put on the machine is recorded with the numbers. A repetition of a peer
 has fewer steps where a step is slow, since its time per step does not depend on their number; the kernels
-run the method's 200 steps up to 100 rows.
+run the method's 200 steps up to 100 rows. A measurement can be interrupted: each case is complete in itself,
+peers and peak included, so a later call continues with the cases that are missing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -31,6 +32,7 @@ from .load import DISTURBED, OtherLoad
 
 REPETITIONS = 5
 STEPS = 200  # of the method
+MANY_ROWS = 100  # beyond them a step is so slow that fewer are timed
 CHECK_STEPS = 8
 CHECK_IMAGES = 10
 # Median over rows of the relative difference of the errors after CHECK_STEPS. float32 rounds by 6e-8 and each
@@ -128,6 +130,8 @@ def measure(
     seconds: float = 1.5,
     steps: int = STEPS,
     compiled: bool = True,
+    earlier: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Runs all cases.
 
@@ -136,53 +140,91 @@ def measure(
         generator_name: one of `generators.GENERATORS`.
         repetitions: timed repetitions of every backend; the median is reported.
         seconds: how long one repetition of a peer takes, about.
-        steps: of the kernels, up to 100 rows; a tenth of it beyond.
+        steps: of the kernels, up to 100 rows; a twentieth of it beyond.
         compiled: whether `torch.compile` takes part, which compiles for some ten seconds a case.
+        earlier: the result of a call that was interrupted; its cases are not measured again.
+        save: called with the result so far after every case, and with the whole.
 
     Returns:
         `environment`, `generator`, `flop_per_row_and_step`, `limits`, `other_load` (cores taken by others,
-        the most over all cases), `skipped` (backend -> reason) and `rows`, a list of `Row`.
+        the most over all cases), `skipped` (backend -> reason), `complete` (whether all cases are there) and
+        `rows`, a list of `Row`.
+
+    Raises:
+        ValueError: `earlier` was measured under other conditions.
     """
     generator = moving_generator(generator_name)
     flop = flop_per_step(generator, latent_size(generator))
     threads = torch.get_num_threads()
-    with OtherLoad() as load:
-        limits = machine_limits(threads)
-    loads = [load.cores]
-    measured: list[tuple[Case, list[_Timing]]] = []
-    skipped: dict[str, str] = {}
-    if _extension.module() is None:
-        skipped["defgan_fast"] = _extension.status()["reason"]
-    for case in cases:
-        work = problem(generator, case.images, case.restarts)
-        torch.compiler.reset()  # a function compiled for too many shapes is no longer compiled at all
-        candidates = [] if "defgan_fast" in skipped else [peers.ours(case.precision)]
-        others = peers.pytorch_peers(compiled) + peers.jax_peers()
-        candidates += [peer for peer in others if peer.precision == case.precision]
-        with OtherLoad() as load:
-            timings = _time_in_turns(candidates, work, repetitions, seconds, steps, skipped)
-        loads.append(load.cores)
-        measured.append((case, timings))
-        # Clocks change within minutes; the peak is the best that was seen at any time.
-        peak = probe(case.precision, threads)
-        limits[case.precision]["probe"] = max(
-            filter(None, (peak, limits[case.precision]["probe"])), default=None
-        )
-    rows: list[Row] = []
-    for case, timings in measured:
-        rows += _rows(
-            case, timings, flop * case.images * case.restarts, limits[case.precision]["probe"], threads
-        )
-    known = [cores for cores in loads if cores is not None]
-    return {
+    result: dict[str, Any] = {
         "environment": _portable(environment()),
         "generator": generator_name,
         "flop_per_row_and_step": flop,
-        "limits": limits,
-        "other_load": max(known) if known else None,
-        "skipped": skipped,
-        "rows": rows,
+        "limits": {},
+        "other_load": None,
+        "skipped": {},
+        "complete": False,
+        "rows": [],
     }
+    if earlier is not None:
+        _check_continues(earlier, result, threads)
+        result = copy.deepcopy(earlier) | {"complete": False}
+    missing = dict.fromkeys(case.precision for case in cases if case.precision not in result["limits"])
+    if missing:
+        with OtherLoad() as load:
+            result["limits"].update(machine_limits(threads, missing))
+        result["other_load"] = _most(result["other_load"], load.cores)
+    if _extension.module() is None:
+        result["skipped"]["defgan_fast"] = _extension.status()["reason"]
+    measured = {Case(row["images"], row["restarts"], row["precision"]) for row in result["rows"]}
+    for case in cases:
+        if case in measured:
+            continue
+        work = problem(generator, case.images, case.restarts)
+        torch.compiler.reset()  # a function compiled for too many shapes is no longer compiled at all
+        candidates = [] if "defgan_fast" in result["skipped"] else [peers.ours(case.precision)]
+        others = peers.pytorch_peers(compiled) + peers.jax_peers()
+        candidates += [peer for peer in others if peer.precision == case.precision]
+        with OtherLoad() as load:
+            timings = _time_in_turns(candidates, work, repetitions, seconds, steps, result["skipped"])
+        result["rows"] += _rows(case, timings, flop * case.images * case.restarts, threads)
+        _raise_peak(result, case.precision, probe(case.precision, threads))
+        result["other_load"] = _most(result["other_load"], load.cores)
+        if save is not None:
+            save(result)
+    result["complete"] = True
+    if save is not None:
+        save(result)
+    return result
+
+
+def _check_continues(earlier: dict[str, Any], now: dict[str, Any], threads: int) -> None:
+    """Whether rows measured now may stand beside those of `earlier`."""
+
+    def conditions(result: dict[str, Any]) -> dict[str, Any]:
+        found = result["environment"]
+        return {"generator": result["generator"], "versions": found["versions"], "cpu": found["cpu"]}
+
+    before, after = conditions(earlier), conditions(now)
+    for key, value in after.items():
+        if before[key] != value:
+            raise ValueError(f"the earlier measurement has {key} {before[key]}, this one {value}")
+    for row in earlier["rows"]:
+        if row["threads"] != threads:
+            raise ValueError(f"the earlier measurement has {row['threads']} threads, this one {threads}")
+
+
+def _raise_peak(result: dict[str, Any], precision: str, peak: float | None) -> None:
+    """Clocks change within minutes: the peak is the best that was seen at any time, and all shares follow it."""
+    limits = result["limits"][precision]
+    limits["probe"] = _most(peak, limits["probe"])
+    for row in result["rows"]:
+        if row["precision"] == precision and limits["probe"]:
+            row["share_of_peak"] = row["gflops_useful"] / limits["probe"]
+
+
+def _most(a: float | None, b: float | None) -> float | None:
+    return max((value for value in (a, b) if value is not None), default=None)
 
 
 def _portable(found: dict[str, Any]) -> dict[str, Any]:
@@ -226,9 +268,9 @@ def _time_in_turns(
             skipped[peer.name] = str(reason)
             continue
         if peer.name.startswith("defgan_fast"):
-            n = steps if work.rows <= 100 else max(1, steps // 10)
+            n = steps if work.rows <= MANY_ROWS else max(1, steps // 20)
         else:
-            n = _affordable_steps(run, seconds, steps)
+            n = _affordable_steps(run, seconds, steps, 4 if work.rows <= MANY_ROWS else 1)
         run(n)
         timings.append(_Timing(peer, run, n, []))
     for _ in range(repetitions):
@@ -239,14 +281,16 @@ def _time_in_turns(
     return timings
 
 
-def _affordable_steps(run: peers.Run, seconds: float, most: int) -> int:
+def _affordable_steps(run: peers.Run, seconds: float, most: int, least: int) -> int:
+    """How many steps take about `seconds`."""
+    run(least)  # a peer may compile once more for another number of steps
     start = time.perf_counter()
-    run(CHECK_STEPS)
-    per_step = (time.perf_counter() - start) / CHECK_STEPS
-    return max(CHECK_STEPS, min(most, round(seconds / per_step)))
+    run(least)
+    per_step = (time.perf_counter() - start) / least
+    return max(least, min(most, round(seconds / per_step)))
 
 
-def _rows(case: Case, timings: Sequence[_Timing], flop: int, peak: float | None, threads: int) -> list[Row]:
+def _rows(case: Case, timings: Sequence[_Timing], flop: int, threads: int) -> list[Row]:
     milliseconds = [[1e3 * s / timing.steps for s in timing.seconds] for timing in timings]
     medians = [statistics.median(each) for each in milliseconds]
     peer_medians = [
@@ -268,7 +312,7 @@ def _rows(case: Case, timings: Sequence[_Timing], flop: int, peak: float | None,
                 "ms_per_step": median,
                 "ms_per_step_range": (min(each), max(each)),
                 "gflops_useful": gflops,
-                "share_of_peak": gflops / peak if peak else None,
+                "share_of_peak": None,  # when the peak is known
                 "ratio_to_best_peer": min(peer_medians) / median if peer_medians else None,
             }
         )
