@@ -47,7 +47,7 @@ def test_everything_runs_or_is_skipped_by_name(tmp_path):
     assert skipped == {"card", "ceilings", "sanitizer", "profile"}
     assert all(parts[name]["skipped"] == "torch sees no GPU" for name in skipped)
     assert all(parts[name]["backend"] == "cpu" for name in ("correctness", "quality", "timings"))
-    assert len(parts["correctness"]["rows"]) == 2 * 2 * 8
+    assert len(parts["correctness"]["rows"]) == 8
     assert all("ms" not in row for row in parts["timings"]["rows"])  # no time without a GPU
     assert all("error" not in row for row in parts["timings"]["rows"])
     assert "rehearsed on the CPU: no GPU" in done.stdout
