@@ -62,7 +62,7 @@ def test_wrong_kernels_fail(gpu_check, tmp_path, monkeypatch):
 
     for wrong, said in (
         (lambda g, w, steps, p, m=None: honest(g, w, steps - 1, p), "latents are off by"),
-        (lambda g, w, s, p, m=None: honest(g, w, s + (m == 8), p), "max_rows=8: other bits"),
+        (lambda g, w, s, p, m=None: honest(g, w, s + (m == 4), p), "max_rows=4: other bits"),
     ):
         monkeypatch.setattr(gpu_check, "projection", wrong)
         found = gpu_check.Findings(tmp_path / "found.json", 100)
