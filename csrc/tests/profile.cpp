@@ -98,8 +98,9 @@ int main(int argc, char** argv) try {
     profile = times;
   }
 
-  const double done = 2e-9 * rows * steps;  // GFLOP per multiply-add of a row's pass
-  const double all = wall * threads, useful = 2 * done * double(multiply_adds(plan));
+  // GFLOP per multiply-add of a row's pass. One more forward pass than backward ones: the one that finds the error.
+  const double back = 2e-9 * rows * steps, forth = 2e-9 * rows * (steps + 1);
+  const double all = wall * threads, useful = (forth + back) * double(multiply_adds(plan));
   std::printf("%s, %d rows, %d threads: %.3f ms a step, %.1f of %.1f GFLOP/s (%.1f%% of peak)\n", set.name, rows,
               threads, 1e3 * wall / steps, useful / wall, peak, 100 * useful / wall / peak);
   std::printf("%-44s %8s %8s %14s\n", "part", "time", "of peak", "lost to peak");
@@ -123,9 +124,9 @@ int main(int argc, char** argv) try {
     return std::string(way) + " " + name_of(l.kind) + " " + shape(l.in) + " -> " + shape(l.out);
   };
   for (size_t n = 0; n < plan.layers.size(); ++n)
-    line(describe("forward", n), profile.forward[n], done * double(multiply_adds(plan.layers[n])));
+    line(describe("forward", n), profile.forward[n], forth * double(multiply_adds(plan.layers[n])));
   for (size_t n = plan.layers.size(); n-- > 0;)
-    line(describe("backward", n), profile.backward[n], done * double(multiply_adds(plan.layers[n])));
+    line(describe("backward", n), profile.backward[n], back * double(multiply_adds(plan.layers[n])));
   line("image: activation, error, scatter", profile.image, 0);
   line("latent: store, momentum step", profile.latent, 0);
   line("waiting in barriers", profile.waiting, 0);
