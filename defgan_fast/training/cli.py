@@ -9,6 +9,7 @@ are made.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import platform
 import shlex
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from defgan_fast import data, pictures, weights
 from defgan_fast import device as devices
 from defgan_fast.models.classifier import ARCHITECTURES
 from defgan_fast.projector import Projector
 from defgan_fast.training import curve, distributed, loop, quality, reconstructions, table5
+from defgan_fast.training.calibration import calibrate
 from defgan_fast.training.classifier import SOURCES, ClassifierSettings, ClassifierTrainer, accuracy
 from defgan_fast.training.magnet import MagnetSettings, MagnetTrainer
 from defgan_fast.training.wgan_gp import GENERATORS, PRECISIONS, GanSettings, WganGp
@@ -135,6 +138,14 @@ def add_parser(subparsers: Any) -> None:
         "--classifier",
         type=Path,
         help="weight file of the measurements' classifier (default: the shipped one)",
+    )
+    gan.add_argument(
+        "--calibrate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="at the end, choose the unit of the latents with the least reconstruction error of N validation "
+        "images (default: 0, leave it)",
     )
     gan.set_defaults(run=run_gan)
 
@@ -303,7 +314,7 @@ def run_gan(args: argparse.Namespace) -> int:
         card = _card("gan", args.dataset, settings, data_hash, device, *more) | {"steps": trainer.step}
         if distributed.world() > 1:
             card["processes"] = distributed.world()
-        generator = trainer.average
+        generator: nn.Module = trainer.average
         if evaluation is not None and evaluation.best is not None:
             generator.load_state_dict(evaluation.best["weights"])
             kept = next(row for row in evaluation.rows if row["step"] == evaluation.best["step"])
@@ -315,6 +326,9 @@ def run_gan(args: argparse.Namespace) -> int:
             ]
             card |= {"command": f"{card['command']} {shlex.join(words)}", "steps": kept["step"]}
             card |= {"quality": {"validation": {"images": args.evaluate_images, **kept}}}
+        if args.calibrate:
+            generator, found = _calibrated(generator, args)
+            card |= {"command": f"{card['command']} --calibrate {args.calibrate}", **found}
         weights.save(generator, out / GENERATOR_FILE, card)
         print(f"{trainer.step} steps; generator of step {card['steps']} in {out / GENERATOR_FILE}")
     return 0
@@ -323,6 +337,17 @@ def run_gan(args: argparse.Namespace) -> int:
 def _compiler(device: torch.device) -> Any:
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return lambda function: torch.compile(function, mode=mode)
+
+
+def _calibrated(generator: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """The generator in the unit that suits it, and the card's entries: these figures take the place of older ones."""
+    images = data.load(args.dataset, args.root, "validation").images[: args.calibrate]
+    generator = copy.deepcopy(generator).cpu().eval()
+    generator, errors = calibrate(generator, images, args.evaluate_steps, args.evaluate_restarts)
+    factor = min(errors, key=lambda key: errors[key])
+    print("latents times " + ", ".join(f"{key:g}: error {error:.5f}" for key, error in errors.items()))
+    measured = {"images": len(images), "reconstruction_error": errors[factor]}
+    return generator, {"latent_factor": factor, "quality": {"validation": measured}}
 
 
 def _evaluation(trainer: WganGp, args: argparse.Namespace) -> quality.Evaluation:

@@ -104,6 +104,15 @@ def _project(
     return torch.cat(pictures), torch.cat(errors)
 
 
+def reconstruction_error(
+    generator: nn.Module, images: torch.Tensor, steps: int, restarts: int, title: str
+) -> float:
+    """Mean squared error of the reconstructions of images [N, C, H, W], with a progress bar of that title."""
+    projector = Projector(generator, steps=steps, restarts=restarts)
+    with progress.bar(len(images), title, "image") as bar:
+        return float(_project(projector, images, bar.update)[1].double().mean())
+
+
 @torch.no_grad()
 def score_samples(classifier: nn.Module, samples: torch.Tensor) -> dict[str, float]:
     """What a classifier makes of generated images [N, C, H, W].
