@@ -7,8 +7,7 @@ at that step. The optional changes of shape, contrast and noise are for the digi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import nn
 from defgan_fast import models
 from defgan_fast.attacks import fgsm
 from defgan_fast.training.augment import random_affine, random_corruption
-from defgan_fast.training.batches import Batches
+from defgan_fast.training.epochs import EpochTrainer, check_settings, steps_of
 
 SOURCES = ("images", "reconstructions", "both")
 
@@ -41,11 +40,7 @@ class ClassifierSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
+        check_settings(self, ("epochs", "batch"))
         if self.augment < 0:
             raise ValueError(f"augment must be at least 0, got {self.augment}")
         if self.corrupt < 0:
@@ -57,10 +52,10 @@ class ClassifierSettings:
 
     def steps(self, images: int) -> int:
         """Number of batches in all epochs."""
-        return self.epochs * max(images // self.batch, 1)
+        return steps_of(self, images)
 
 
-class ClassifierTrainer:
+class ClassifierTrainer(EpochTrainer):
     """The training state and one step of it.
 
     Args:
@@ -83,20 +78,15 @@ class ClassifierTrainer:
         classes: int = 10,
         value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
-        self.options, self.value_range = settings, value_range
-        self.settings: dict[str, Any] = {**asdict(settings), "data": data_hash}
-        # More epochs only continue the run.
-        del self.settings["epochs"]
-        self.device = torch.device(device)
-        self.images, self.labels = images.to(self.device), labels.to(self.device)
-        self.step = 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            model = models.Classifier(settings.arch, list(images.shape[1:]), classes)
-        self.model = models.to_channels_last(model, self.device)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
-        self.random = torch.Generator().manual_seed(settings.seed)
-        self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)
+        super().__init__(
+            settings,
+            images,
+            data_hash,
+            device,
+            value_range,
+            lambda: models.Classifier(settings.arch, list(images.shape[1:]), classes),
+        )
+        self.labels = labels.to(self.device)
 
     def advance(self) -> dict[str, torch.Tensor]:
         """One batch."""
@@ -110,32 +100,13 @@ class ClassifierTrainer:
         loss = F.cross_entropy(logits, labels)
         if attacked is not None:
             loss = (loss + F.cross_entropy(self.model(attacked), labels)) / 2
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimiser.step()
-        self.step += 1
+        self.descend(loss)
         accuracy_train = (logits.argmax(1) == labels).float().mean()
         return {"loss": loss.detach(), "accuracy_train": accuracy_train}
 
     def _attack(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Without dropout: the examples are to be those of the network that will be attacked.
         return fgsm(self.model.eval(), images, labels, self.options.adversarial, self.value_range)
-
-    def state(self) -> dict[str, Any]:
-        """Weights, optimiser, random state and data order."""
-        return {
-            "model": self.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "random": self.random.get_state(),
-            "batches": self.batches.state(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.random.set_state(state["random"])
-        self.batches.restore(state["batches"])
 
 
 @torch.no_grad()
