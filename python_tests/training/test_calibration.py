@@ -67,7 +67,11 @@ def test_the_least_error_is_chosen():
         assert again == errors[best]
 
 
-def test_bad_input():
+def test_bad_input(tmp_path, capsys):
+    words = ["train", "gan", "--dataset", "digits", "--calibrate", "-1", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert "--calibrate must be at least 0, got -1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     for factor in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"factor must be above 0, got {factor}"):
             calibration.in_unit(steep(), factor)
