@@ -50,7 +50,7 @@ class Projector(nn.Module):
             copied, and put in eval mode. Without a lowering it runs on the reference path, with one warning.
         steps: L, gradient steps on the latent.
         restarts: R, starting points of every image.
-        lr: learning rate on the mean squared error; the default is the released code's, and suits the shipped ones.
+        lr: learning rate on the mean squared error; the released code's 10 suits the shipped generators.
         momentum: of the heavy ball, in [0, 1).
         lr_decay: factor on the learning rate from step ceil(decay_at * steps) on.
         decay_at: see `lr_decay`, in [0, 1].

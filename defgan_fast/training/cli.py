@@ -9,7 +9,6 @@ are made.
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import platform
 import shlex
@@ -344,8 +343,7 @@ def _compiler(device: torch.device) -> Any:
 def _calibrated(generator: nn.Module, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The generator in the unit that suits it, and the card's entries: these figures take the place of older ones."""
     images = data.load(args.dataset, args.root, "validation").images[: args.calibrate]
-    generator = copy.deepcopy(generator).cpu().eval()
-    generator, errors = calibrate(generator, images, args.evaluate_steps, args.evaluate_restarts)
+    generator, errors = calibrate(generator.cpu().eval(), images, args.evaluate_steps, args.evaluate_restarts)
     factor = min(errors, key=lambda key: errors[key])
     print("latents times " + ", ".join(f"{key:g}: error {error:.5f}" for key, error in errors.items()))
     measured = {"images": len(images), "reconstruction_error": errors[factor]}
