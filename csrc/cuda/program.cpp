@@ -110,7 +110,6 @@ class Builder {
     s.kind = kind;
     s.source = source;
     s.destination = destination;
-    s.source_positions = from.positions();
     s.destination_positions = to.positions();
     s.source_chunks = chunks_of(from.c);
     s.destination_chunks = chunks_of(to.c);
@@ -284,7 +283,6 @@ class Builder {
       throw std::invalid_argument("plan: a weight has too many elements for the CUDA kernels");
     pack.weights = p_.weight_bytes;
     s.weights = pack.weights;
-    s.matrices = pack.matrices;
     p_.weight_bytes += (pack.elements * p_.element_bytes() + 255) / 256 * 256;
     p_.packs.push_back(pack);
   }
@@ -487,7 +485,6 @@ class Builder {
     } else if (l.kind == Kind::kReorder) {
       add_reorder(s, l.out, l.in);
     } else if (is_last(n) && columns_) {
-      s.source_positions = places_;
       s.source_chunks = chunks_of(place_channels_);
       s.source_channels = place_channels_;
       add_one_tap(s);

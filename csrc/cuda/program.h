@@ -46,12 +46,12 @@ struct alignas(16) Stage {
   int32_t activation;  // of kActivate; of the layer below for kGradient; of the last layer for kImage
   float slope;
   int64_t source, destination;  // bytes into a group's buffers
-  int32_t source_positions, destination_positions;
+  int32_t destination_positions;
   int32_t source_chunks, destination_chunks;
+  int32_t source_channels;  // unpadded, for kernels that need no padding
   // kGemm
   int64_t weights;  // bytes into the packed weights
-  int32_t classes, class_count, matrices;
-  int32_t source_channels;  // unpadded, for kernels that need no padding
+  int32_t classes, class_count;
   int32_t chains;
   int32_t bias, bias_stride;  // floats into the packed vectors; stride between positions, 0: the same at all
   // kMap: forward reads from[destination]; backward sums over to[to_begin[p] .. to_begin[p + 1]).
@@ -61,7 +61,7 @@ struct alignas(16) Stage {
   int32_t backward;
   // kImage: pixel p is the bias plus sums[entry[begin[p]] .. entry[begin[p + 1]]), offsets in floats
   int32_t pixels;
-  int32_t pad[1];
+  int32_t pad[2];
 };
 
 // What packing does for one stage: which elements of which parameter make up its matrices.

@@ -33,6 +33,21 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def initialise_to_unit_norm(model: nn.Module) -> None:
+    """Gaussian weights, scaled to a norm of 1 for every output, with zero biases.
+
+    The classifiers of the released code begin like this: with half of :func:`initialise`'s variance.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight)
+            with torch.no_grad():
+                norms = (module.weight.flatten(1).square().sum(1) + 1e-7).sqrt()
+                module.weight.div_(norms.view(-1, *[1] * (module.weight.dim() - 1)))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def to_channels_last(model: ModuleT, device: torch.device) -> ModuleT:
     """Move ``model`` with its weights in the layout that convolution libraries compute in.
 

@@ -26,10 +26,11 @@ class ClassifierSettings:
     """Everything that decides a training run, apart from the data and the number of threads.
 
     ``on`` says what the images are: "images", "reconstructions" or "both". ``adversarial`` is FGSM's epsilon
-    (paper: 0.3 and 0.15), 0 for none.
+    (paper: 0.3 and 0.15), 0 for none. ``variant``: see :class:`defgan_fast.models.Classifier`.
     """
 
     arch: str = "F"
+    variant: str = "paper"
     epochs: int = 10
     batch: int = 128
     lr: float = 1e-3
@@ -84,7 +85,7 @@ class ClassifierTrainer(EpochTrainer):
             data_hash,
             device,
             value_range,
-            lambda: models.Classifier(settings.arch, list(images.shape[1:]), classes),
+            lambda: models.Classifier(settings.arch, list(images.shape[1:]), classes, settings.variant),
         )
         self.labels = labels.to(self.device)
 

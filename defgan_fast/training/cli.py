@@ -21,7 +21,7 @@ from torch import nn
 
 from defgan_fast import data, pictures, weights
 from defgan_fast import device as devices
-from defgan_fast.models.classifier import ARCHITECTURES
+from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
 from defgan_fast.projector import Projector
 from defgan_fast.training import curve, distributed, loop, quality, reconstructions, table5
 from defgan_fast.training.calibration import calibrate
@@ -151,6 +151,9 @@ def add_parser(subparsers: Any) -> None:
     classifier = jobs.add_parser("classifier", help="train one of the paper's classifiers")
     _common(classifier)
     classifier.add_argument("--arch", choices=ARCHITECTURES, help="architecture (default: F)")
+    classifier.add_argument(
+        "--variant", choices=VARIANTS, help="dropout as in the paper's table or the released code"
+    )
     classifier.add_argument("--epochs", type=int, help="passes over the data (default: 10, digits 80)")
     classifier.add_argument("--batch", type=int, help="images per batch (default: 128)")
     classifier.add_argument("--lr", type=float, help="Adam's rate (default: 1e-3)")

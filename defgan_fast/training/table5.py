@@ -7,13 +7,14 @@ marks of a Markdown file, so that no number there is typed by hand.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from defgan_fast import data, weights
-from defgan_fast.models.classifier import ARCHITECTURES
+from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
 from defgan_fast.training.classifier import accuracy
 
 # "No attack" of table 4; E and F, the substitutes, have none.
@@ -29,6 +30,9 @@ def add_parser(jobs: Any) -> None:
     parser = jobs.add_parser("classifiers", help="train classifiers A to F and compare them with the paper")
     parser.add_argument("--dataset", choices=tuple(PAPER), nargs="+", default=list(PAPER))
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="paper", help="dropout as in the table or the released code"
+    )
     parser.add_argument("--work", type=Path, default=Path("out") / "train", help="default: out/train")
     parser.add_argument("--json", type=Path, default=Path("classifiers.json"), help="results, extended")
     parser.add_argument("--markdown", type=Path, help="file whose table is written anew")
@@ -48,13 +52,15 @@ def run(args: argparse.Namespace) -> int:
     cli.add_parser(parser.add_subparsers())
     for arch in args.arch:
         for name in args.dataset:
-            out = args.work / f"classifier-{name}-{arch}"
-            words = ["train", "classifier", "--dataset", name, "--arch", arch, "--out", str(out), "--resume"]
+            row = row_of(arch, args.variant)
+            out = args.work / f"classifier-{name}-{row}"
+            words = ["train", "classifier", "--dataset", name, "--arch", arch, "--variant", args.variant]
+            words += ["--out", str(out), "--resume"]
             words += ["--threads", str(args.threads)] if args.threads else []
             words += ["--root", args.root] if args.root else []
             cli.run_classifier(parser.parse_args(words))
             file = out / cli.CLASSIFIER_FILE
-            results.setdefault(name, {})[arch] = entry(file, data.load(name, args.root, "test"))
+            results.setdefault(name, {})[row] = entry(file, data.load(name, args.root, "test"))
             weights.write_atomically(
                 args.json, (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
             )
@@ -63,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown:
         weights.write_atomically(args.markdown, insert(args.markdown.read_text(), text).encode())
     return 0
+
+
+def row_of(arch: str, variant: str) -> str:
+    """Name of a classifier's row: the table's letter, or one such as A-released."""
+    return arch if variant == "paper" else f"{arch}-{variant}"
 
 
 def entry(file: Path, test: data.Dataset) -> dict[str, Any]:
@@ -81,12 +92,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     names = [name for name in PAPER if name in results]
     lines = ["| | " + " | ".join(f"{name} | paper | difference" for name in names) + " |"]
     lines.append("|---" * (1 + 3 * len(names)) + "|")
-    for arch in ARCHITECTURES:
-        if not any(arch in results[name] for name in names):
+    for arch, variant in itertools.product(ARCHITECTURES, VARIANTS):
+        row = row_of(arch, variant)
+        if not any(row in results[name] for name in names):
             continue
-        cells = [arch]
+        cells = [row]
         for name in names:
-            ours = results[name].get(arch, {}).get("accuracy_test")
+            ours = results[name].get(row, {}).get("accuracy_test")
             paper = PAPER[name].get(arch)
             cells.append("" if ours is None else f"{ours:.4f}")
             cells.append("" if paper is None else f"{paper:.3f}")

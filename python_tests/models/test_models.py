@@ -100,20 +100,47 @@ PARAMETERS = {
     "C": 128 * 9 + 128 + 128 * 64 * 9 + 64 + 64 * 13 * 13 * 128 + 128 + 1290,
     "D": 784 * 200 + 200 + 200 * 200 + 200 + 2010,
 }
-DROPOUTS = {"A": [0.25, 0.5], "B": [0.2, 0.5], "C": [0.25, 0.5], "D": [0.5, 0.5], "E": [], "F": []}
+# The released code's C: 5x5 taps, so that its second convolution sees 12x12.
+RELEASED_C = 128 * 9 + 128 + 128 * 64 * 25 + 64 + 64 * 12 * 12 * 128 + 128 + 1290
+DROPOUTS = {
+    "paper": {"A": [0.25, 0.5], "B": [0.2, 0.5], "C": [0.25, 0.5], "D": [0.5, 0.5], "E": [], "F": []},
+    "released": {"A": [0.75, 0.5], "B": [0.8, 0.5], "C": [0.75, 0.5], "D": [0.5], "E": [], "F": []},
+}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("arch", "ABCDEF")
+def test_classifiers_of_the_paper(arch, variant):
+    classifier = models.Classifier(arch, variant=variant)
+    assert classifier(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    expected = PARAMETERS[{"E": "D", "F": "B"}.get(arch, arch)]
+    assert parameters(classifier) == (RELEASED_C if (arch, variant) == ("C", "released") else expected)
+    dropouts = [m.p for m in classifier.modules() if isinstance(m, nn.Dropout)]
+    assert dropouts == DROPOUTS[variant][arch]
 
 
 @pytest.mark.parametrize("arch", "ABCDEF")
-def test_classifiers_of_the_paper(arch):
-    classifier = models.Classifier(arch)
-    assert classifier(torch.rand(2, 1, 28, 28)).shape == (2, 10)
-    assert parameters(classifier) == PARAMETERS[{"E": "D", "F": "B"}.get(arch, arch)]
-    assert [m.p for m in classifier.modules() if isinstance(m, nn.Dropout)] == DROPOUTS[arch]
+def test_classifiers_begin_with_rows_of_unit_norm(arch):
+    # As in the released code; PyTorch's default has a third of the variance, He's twice as much.
+    layers = [m for m in models.Classifier(arch).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for layer in layers:
+        norms = layer.weight.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+        assert not layer.bias.any()
+        # Gaussian: its fourth moment is three times the square of the second, a uniform one's 1.8 times.
+        if layer.weight.numel() > 10_000:
+            second, fourth = layer.weight.square().mean(), layer.weight.pow(4).mean()
+            assert 2.7 < fourth / second**2 < 3.3
 
 
 def test_classifier_refuses():
     with pytest.raises(ValueError, match=r"arch must be one of A, B, C, D, E, F, got 'G'"):
         models.Classifier("G")
+    with pytest.raises(ValueError, match=r"variant must be one of paper, released, got 'other'"):
+        models.Classifier("A", variant="other")
+    with pytest.raises(ValueError, match=r"at least 5x5 pixels for classifier C, got 4x9"):
+        models.Classifier("C", (1, 4, 9), variant="released")
+    models.Classifier("C", (1, 4, 9))
     with pytest.raises(ValueError, match=r"at least 27x27 pixels for classifier F, got 26x40"):
         models.Classifier("F", (1, 26, 40))
     models.Classifier("F", (1, 27, 27))(torch.rand(1, 1, 27, 27))
