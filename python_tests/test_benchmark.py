@@ -109,6 +109,16 @@ def test_kernels_agree_with_the_reference(precision, work):
     run.check(peer, peer.prepare(work), run.expected_errors(work))
 
 
+@pytest.mark.parametrize("name", ["mnist", "digits", "celeba"])
+def test_jax_agrees_with_the_reference(name):
+    pytest.importorskip("jax", reason="JAX, an optional peer, is not installed")
+    problem = run.problem(generators.moving_generator(name), 2, 2)
+    (peer,) = peers.jax_peers()
+    run.check(peer, peer.prepare(problem), run.expected_errors(problem))
+    with pytest.raises(peers.Unavailable, match="no JAX translation of Upsample"):
+        peer.prepare(run.problem(generators.moving_generator("upsampling"), 1, 1))
+
+
 @pytest.mark.parametrize(("fewer", "precision"), [(5, "float32"), (1, "float32"), (5, "bfloat16")])
 def test_a_backend_that_skips_steps_is_never_timed(fewer, precision, work):
     eager = peers.pytorch_peers(compiled=False)[0]

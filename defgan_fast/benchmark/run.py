@@ -11,6 +11,7 @@ peers and peak included, so a later call continues with the cases that are missi
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import math
 import statistics
 import sys
@@ -228,9 +229,11 @@ def _most(a: float | None, b: float | None) -> float | None:
 
 
 def _portable(found: dict[str, Any]) -> dict[str, Any]:
-    """Without where the module lies on this machine: results are kept and compared elsewhere."""
+    """Without where the module lies on this machine, since results are kept and compared elsewhere; with JAX's
+    version, where it is a peer."""
     extension = {key: value for key, value in found["extension"].items() if key != "path"}
-    return {**found, "extension": extension}
+    jax = {"jax": importlib.metadata.version("jax")} if peers.jax_peers() else {}
+    return {**found, "extension": extension, "versions": {**found["versions"], **jax}}
 
 
 def disturbance(result: dict[str, Any]) -> str | None:
