@@ -61,7 +61,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     precisions = [p for p in PRECISIONS if any(row["precision"] == p for row in result["rows"])]
     figure, axes = pyplot.subplots(
-        1, len(precisions), figsize=(5.5 * len(precisions), 4), squeeze=False, layout="constrained"
+        1, len(precisions), figsize=(5.5 * len(precisions), 4.8), squeeze=False, layout="constrained"
     )
     for axis, precision in zip(axes[0], precisions, strict=True):
         rows = [row for row in result["rows"] if row["precision"] == precision]
@@ -81,7 +81,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_xlabel("images x restarts")
         axis.set_ylabel("useful GFLOP/s")
         axis.set_title(precision)
-        axis.legend(fontsize="small")
+        # Below: inside it would cover bars, whichever corner it took.
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
