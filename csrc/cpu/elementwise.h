@@ -237,18 +237,35 @@ template <class V>
 struct Image {
   static constexpr int kLanes = V::kLanes;
 
+  // Calls use(first row, how many as a constant). Four rows share the reading of entries and runs, and their units are
+  // neighbours in memory; more would map to the same lines of the cache, as images are a power of two of pixels.
+  template <class Use>
+  static void for_rows(int rows, const Use& use) {
+    int row = 0;
+    for (; row + 4 <= rows; row += 4) use(row, std::integral_constant<int, 4>());
+    if (row + 2 <= rows) use(row, std::integral_constant<int, 2>()), row += 2;
+    if (row < rows) use(row, std::integral_constant<int, 1>());
+  }
+
   static void forward(const ImageArgs& g) {
-    for (int row = 0; row < g.rows; ++row) {
+    const int64_t stride = int64_t(g.rows) * kUnitFloats;
+    for_rows(g.rows, [&](int row, auto count) {
+      constexpr int kRows = decltype(count)::value;
       float* image = g.image + int64_t(row) * g.pixel_stride;
       const float* columns = g.columns + int64_t(row) * kUnitFloats;
-      const int64_t stride = int64_t(g.rows) * kUnitFloats;
       for (int p = g.pixel_begin; p < g.pixel_end; ++p) {
-        float sum = g.bias ? g.bias[p] : 0.0f;
-        for (int e = g.entry_begin[p]; e < g.entry_begin[p + 1]; ++e)
-          sum += columns[g.entries[e].place * stride + g.entries[e].lane];
-        image[p] = sum;
+        float sums[kRows];
+        for (int r = 0; r < kRows; ++r) sums[r] = g.bias ? g.bias[p] : 0.0f;
+        for (int e = g.entry_begin[p]; e < g.entry_begin[p + 1]; ++e) {
+          const float* s = columns + g.entries[e].place * stride + g.entries[e].lane;
+          for (int r = 0; r < kRows; ++r) sums[r] += s[r * kUnitFloats];
+        }
+        for (int r = 0; r < kRows; ++r) image[int64_t(r) * g.pixel_stride + p] = sums[r];
       }
-      // The padding up to the next vector is activated too: what it holds is finite and never read.
+    });
+    // The padding up to the next vector is activated too: what it holds is finite and never read.
+    for (int row = 0; row < g.rows; ++row) {
+      float* image = g.image + int64_t(row) * g.pixel_stride;
       for (int p = g.pixel_begin; p < g.pixel_end; p += kLanes)
         V::store(image + p, activated<V>(V::load(image + p), g.activation, g.slope));
     }
@@ -269,17 +286,18 @@ struct Image {
   static void scatter(const float* delta, int pixel_stride, int rows, const PixelRun* begin, const PixelRun* end,
                       float* columns) {
     const int64_t stride = int64_t(rows) * kUnitFloats;
-    for (int row = 0; row < rows; ++row) {
+    for_rows(rows, [&](int row, auto count) {
       const float* from = delta + int64_t(row) * pixel_stride;
       float* to = columns + int64_t(row) * kUnitFloats;
-      for (const PixelRun* run = begin; run != end; ++run) {
-        const float* s = from + run->pixel;
-        float* d = to + run->place * stride + run->lane;
-        int left = run->count;
-        for (; left >= 4; left -= 4, s += 4, d += 4) __builtin_memcpy(d, s, 16);
-        for (; left > 0; --left) *d++ = *s++;
-      }
-    }
+      for (const PixelRun* run = begin; run != end; ++run)
+        for (int r = 0; r < decltype(count)::value; ++r) {
+          const float* s = from + int64_t(r) * pixel_stride + run->pixel;
+          float* d = to + run->place * stride + r * kUnitFloats + run->lane;
+          int left = run->count;
+          for (; left >= 4; left -= 4, s += 4, d += 4) __builtin_memcpy(d, s, 16);
+          for (; left > 0; --left) *d++ = *s++;
+        }
+    });
   }
 
   static float error(const float* image, const float* target, int pixels) {
