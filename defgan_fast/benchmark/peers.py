@@ -326,9 +326,8 @@ def _jax_network(generator: nn.Module) -> Callable[[Any], Any]:
     def transposed(layer: nn.ConvTranspose2d) -> Callable[[Any], Any]:
         # As a convolution of stride 1 that computes each phase of the output in channels of its own, which then
         # become neighbours: XLA's convolutions of a dilated input took five times as long on the CPU.
-        weight = np.pad(
-            layer.weight.numpy(), ((0, 0), (0, 0), (0, 1), (0, 1))
-        )  # a tap of zeros behind the others
+        # A tap of zeros behind the others, for places of a window that a phase does not use.
+        weight = np.pad(layer.weight.numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)))
         bias = 0.0 if layer.bias is None else jnp.asarray(layer.bias.numpy())
         (before_y, taps_y), (before_x, taps_x) = (_phase_taps(layer, axis) for axis in (0, 1))
         (ty, sy), (tx, sx) = taps_y.shape, taps_x.shape

@@ -152,7 +152,9 @@ def add_parser(subparsers: Any) -> None:
     _common(classifier)
     classifier.add_argument("--arch", choices=ARCHITECTURES, help="architecture (default: F)")
     classifier.add_argument(
-        "--variant", choices=VARIANTS, help="dropout as in the paper's table or the released code"
+        "--variant",
+        choices=VARIANTS,
+        help="networks of the paper's table or of the released code (default: paper)",
     )
     classifier.add_argument("--epochs", type=int, help="passes over the data (default: 10, digits 80)")
     classifier.add_argument("--batch", type=int, help="images per batch (default: 128)")

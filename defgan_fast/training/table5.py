@@ -31,7 +31,10 @@ def add_parser(jobs: Any) -> None:
     parser.add_argument("--dataset", choices=tuple(PAPER), nargs="+", default=list(PAPER))
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument(
-        "--variant", choices=VARIANTS, default="paper", help="dropout as in the table or the released code"
+        "--variant",
+        choices=VARIANTS,
+        default="paper",
+        help="networks of the paper's table or of the released code (default: paper)",
     )
     parser.add_argument("--work", type=Path, default=Path("out") / "train", help="default: out/train")
     parser.add_argument("--json", type=Path, default=Path("classifiers.json"), help="results, extended")
