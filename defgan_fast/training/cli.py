@@ -27,6 +27,7 @@ from defgan_fast.training import curve, distributed, loop, quality, reconstructi
 from defgan_fast.training.calibration import calibrate
 from defgan_fast.training.classifier import SOURCES, ClassifierSettings, ClassifierTrainer, accuracy
 from defgan_fast.training.magnet import MagnetSettings, MagnetTrainer
+from defgan_fast.training.selection import KEEP, ClassifierSelection
 from defgan_fast.training.wgan_gp import GENERATORS, PRECISIONS, GanSettings, WganGp
 
 OUT = Path("out") / "train"
@@ -178,6 +179,13 @@ def add_parser(subparsers: Any) -> None:
         default=Path("out") / "reconstructions",
         help="folder of reconstructions, computed once (default: out/reconstructions)",
     )
+    classifier.add_argument(
+        "--keep",
+        choices=KEEP,
+        default=KEEP[0],
+        help="weights of the last epoch, or of the one with the highest accuracy on validation images "
+        "(default: last)",
+    )
     classifier.set_defaults(run=run_classifier)
 
     table5.add_parser(jobs)
@@ -300,7 +308,7 @@ def run_gan(args: argparse.Namespace) -> int:
             picture = pictures.grid(trainer.samples(), columns=8, scale=3, value_range=value_range)
             pictures.save_png(picture, out / "samples" / f"step_{step:06d}.png")
 
-        evaluation = _evaluation(trainer, args) if args.evaluate_every else None
+        selection = _selection(trainer, args) if args.evaluate_every else None
         loop.run(
             trainer,
             min(settings.steps, args.stop_at or settings.steps),
@@ -310,7 +318,7 @@ def run_gan(args: argparse.Namespace) -> int:
             sample_every=args.sample_every,
             on_sample=save_samples,
             evaluate_every=args.evaluate_every,
-            evaluator=evaluation,
+            evaluator=selection,
             title=f"{args.dataset} generator",
         )
         if distributed.rank() > 0:
@@ -321,9 +329,7 @@ def run_gan(args: argparse.Namespace) -> int:
         if distributed.world() > 1:
             card["processes"] = distributed.world()
         generator: nn.Module = trainer.average
-        if evaluation is not None and evaluation.best is not None:
-            generator.load_state_dict(evaluation.best["weights"])
-            kept = next(row for row in evaluation.rows if row["step"] == evaluation.best["step"])
+        if selection is not None and (kept := selection.choose()) is not None:
             words = [
                 "--evaluate-every",
                 str(args.evaluate_every),
@@ -355,7 +361,7 @@ def _calibrated(generator: nn.Module, args: argparse.Namespace) -> tuple[nn.Modu
     return generator, {"latent_factor": factor, "quality": {"validation": measured}}
 
 
-def _evaluation(trainer: WganGp, args: argparse.Namespace) -> quality.Evaluation:
+def _selection(trainer: WganGp, args: argparse.Namespace) -> quality.GeneratorSelection:
     classifier = None
     if args.classifier is not None:
         classifier = weights.load_classifier(args.classifier)
@@ -363,7 +369,7 @@ def _evaluation(trainer: WganGp, args: argparse.Namespace) -> quality.Evaluation
         classifier = weights.load_classifier(args.dataset)
     images, labels = data.load(args.dataset, args.root, "validation")
     part = data.Dataset(images[: args.evaluate_images], labels[: args.evaluate_images])
-    return quality.Evaluation(
+    return quality.GeneratorSelection(
         lambda: trainer.average,
         trainer.samples,
         part,
@@ -389,23 +395,27 @@ def run_classifier(args: argparse.Namespace) -> int:
         settings, dataset.images, dataset.labels, data_hash, device, data.CLASSES[args.dataset], value_range
     )
     steps = settings.steps(len(dataset.images))
+    validation = data.load(args.dataset, args.root, "validation")
+    selection = ClassifierSelection(lambda: trainer.model, validation, device)
     loop.run(
         trainer,
         steps,
         out,
         resume=args.resume,
         checkpoint_every=args.checkpoint_every,
+        evaluate_every=steps // settings.epochs,
+        evaluator=selection,
         title=f"{args.dataset} classifier {settings.arch}",
     )
-    validation = data.load(args.dataset, args.root, "validation")
-    model = trainer.model.cpu()
-    found = accuracy(model, validation.images, validation.labels)
-    card = _card("classifier", args.dataset, settings, data_hash, device, *more)
-    card |= {"steps": trainer.step, "quality": {"accuracy_validation": found}}
-    weights.save(model, out / CLASSIFIER_FILE, card)
+    kept = selection.choose() if args.keep == "best" else None
+    if kept is None:
+        kept = {"step": trainer.step, **selection.measure()}
+    card = _card("classifier", args.dataset, settings, data_hash, device, *more, "--keep", args.keep)
+    card |= {"steps": kept["step"], "quality": {"accuracy_validation": kept["accuracy_validation"]}}
+    weights.save(trainer.model.cpu(), out / CLASSIFIER_FILE, card)
     print(
-        f"{trainer.step} steps; accuracy on validation images {found:.4f}; "
-        f"classifier in {out / CLASSIFIER_FILE}"
+        f"{trainer.step} steps; accuracy on validation images {kept['accuracy_validation']:.4f} at step "
+        f"{kept['step']}; that classifier in {out / CLASSIFIER_FILE}"
     )
     return 0
 

@@ -23,6 +23,7 @@ from defgan_fast.attacks import fgsm
 from defgan_fast.projector import Projector
 from defgan_fast.training.classifier import accuracy
 from defgan_fast.training.reconstructions import cached, weights_hash
+from defgan_fast.training.selection import Selection
 
 EPSILON = 0.3
 # Images per call of the projector: short enough for a bar that moves and an interruption that is heard.
@@ -130,8 +131,8 @@ def score_samples(classifier: nn.Module, samples: torch.Tensor) -> dict[str, flo
     }
 
 
-class Evaluation:
-    """The quality of a generator in training, and the best weights so far.
+class GeneratorSelection(Selection):
+    """The average of a generator with the best reconstructions.
 
     Better is a higher accuracy on the reconstructions, and where that is the same, or there is no classifier,
     a smaller reconstruction error.
@@ -153,54 +154,33 @@ class Evaluation:
         steps: int = 200,
         restarts: int = 10,
     ) -> None:
-        self.generator, self.samples, self.dataset = generator, samples, dataset
+        super().__init__(generator)
+        self.samples, self.dataset = samples, dataset
         self.classifier = classifier.eval() if classifier is not None else None
         self.steps, self.restarts = steps, restarts
-        self.rows: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # {"step", "weights"}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Measure; the figures go to ``rows``, the weights to ``best`` if no others were better."""
-        generator = copy.deepcopy(self.generator()).cpu().eval()
+    def measure(self) -> dict[str, float]:
+        """``reconstruction_error``; with a classifier also ``accuracy_reconstructed`` and the samples' score."""
+        generator = copy.deepcopy(self.module()).cpu().eval()
         projector = Projector(generator, steps=self.steps, restarts=self.restarts)
         images, labels = self.dataset
-        with progress.bar(len(images), f"quality at step {step}", "image") as bar:
+        with progress.bar(len(images), "quality", "image") as bar:
             reconstructions, errors = _project(projector, images, bar.update)
         figures = {"reconstruction_error": float(errors.double().mean())}
         if self.classifier is not None:
             figures["accuracy_reconstructed"] = accuracy(self.classifier, reconstructions, labels)
             figures |= score_samples(self.classifier, self.samples(SAMPLES))
-        before = min(map(_rank, self.rows), default=None)
-        self.rows.append({"step": step, **figures})
-        if before is None or _rank(figures) < before:
-            self.best = {"step": step, "weights": generator.state_dict()}
         return figures
 
-    def state(self) -> dict[str, Any]:
-        """Figures, best weights, and what the figures depend on."""
-        return {"rows": self.rows, "best": self.best, "settings": self._settings()}
+    def rank(self, figures: dict[str, Any]) -> tuple[float, ...]:
+        """By accuracy, then by error."""
+        return -figures.get("accuracy_reconstructed", 0.0), figures["reconstruction_error"]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`.
-
-        Raises:
-            ValueError: the figures before were measured in another way, and cannot be compared.
-        """
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                before = state["settings"][name]
-                raise ValueError(f"quality was measured with {name} {before!r} before, got {value!r}")
-        self.rows, self.best = state["rows"], state["best"]
-
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Number of images, L, R, and the classifier."""
         return {
             "images": len(self.dataset.images),
             "steps": self.steps,
             "restarts": self.restarts,
             "classifier": weights_hash(self.classifier) if self.classifier is not None else None,
         }
-
-
-def _rank(figures: dict[str, Any]) -> tuple[float, float]:
-    """Less is better."""
-    return -figures.get("accuracy_reconstructed", 0.0), figures["reconstruction_error"]

@@ -16,6 +16,7 @@ from typing import Any
 from defgan_fast import data, weights
 from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
 from defgan_fast.training.classifier import accuracy
+from defgan_fast.training.selection import KEEP
 
 # "No attack" of table 4; E and F, the substitutes, have none.
 PAPER = {
@@ -35,6 +36,12 @@ def add_parser(jobs: Any) -> None:
         choices=VARIANTS,
         default="paper",
         help="networks of the paper's table or of the released code (default: paper)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=KEEP,
+        default=KEEP[0],
+        help=f"epoch of each, as in train classifier (default: {KEEP[0]})",
     )
     parser.add_argument("--work", type=Path, default=Path("out") / "train", help="default: out/train")
     parser.add_argument("--json", type=Path, default=Path("classifiers.json"), help="results, extended")
@@ -58,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             row = row_of(arch, args.variant)
             out = args.work / f"classifier-{name}-{row}"
             words = ["train", "classifier", "--dataset", name, "--arch", arch, "--variant", args.variant]
-            words += ["--out", str(out), "--resume"]
+            words += ["--keep", args.keep, "--out", str(out), "--resume"]
             words += ["--threads", str(args.threads)] if args.threads else []
             words += ["--root", args.root] if args.root else []
             cli.run_classifier(parser.parse_args(words))

@@ -53,7 +53,7 @@ def evaluate(values, classifier, steps=None):
     """One evaluation for each value that the generator has in turn."""
     dataset = data.Dataset(shade(0.5, 0.5, 0.0), torch.tensor([1, 1, 0]))
     now = {}
-    evaluation = quality.Evaluation(
+    evaluation = quality.GeneratorSelection(
         lambda: now["generator"], lambda count: shade(*[0.5] * count), dataset, classifier, 1, 1
     )
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from torch import nn
 from defgan_fast import cli, data, weights
 from defgan_fast.training import cli as training
 from defgan_fast.training import quality
+from defgan_fast.training.classifier import accuracy
 
 
 def test_train_gan(tmp_path, capsys):
@@ -51,6 +52,27 @@ def test_train_classifier(tmp_path, capsys):
     assert card["quality"]["accuracy_validation"] == pytest.approx(measured)
     assert measured > 0.85
     assert "accuracy on validation images" in capsys.readouterr().out
+
+
+def test_the_best_epoch_or_the_last(tmp_path):
+    """One training, saved twice: --keep chooses among its epochs, and takes no part in the training."""
+    words = ["train", "classifier", "--dataset", "digits", "--arch", "D", "--epochs", "12", "--lr", "0.01"]
+    words += ["--out", str(tmp_path), "--resume"]
+    images, labels = data.load("digits", split="validation")
+    found = {}
+    for keep in ("best", "last", "best"):
+        assert cli.main([*words, "--keep", keep]) == 0
+        card = weights.read_card(tmp_path / "classifier.safetensors")
+        assert f"--keep {keep}" in card["command"]
+        measured = accuracy(weights.load_classifier(tmp_path / "classifier.safetensors"), images, labels)
+        assert card["quality"]["accuracy_validation"] == pytest.approx(measured)
+        assert found.setdefault(keep, (card["steps"], measured)) == (card["steps"], measured)
+    rows = [line.split(",") for line in (tmp_path / "quality.csv").read_text().split()[1:]]
+    epochs = [(int(step), float(value)) for step, value in rows]
+    assert [step for step, _ in epochs] == [10 * epoch for epoch in range(1, 13)]
+    assert found["last"] == epochs[-1]
+    assert found["best"] == max(epochs, key=lambda epoch: epoch[1])  # the first of equals
+    assert found["best"] != found["last"]
 
 
 def test_train_gan_may_end_early(tmp_path):
