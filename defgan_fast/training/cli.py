@@ -66,7 +66,7 @@ RECIPE = "--lr 5e-4 --lr-schedule hold --critic-steps 2 --critic-width 32 --thre
 RECIPES: dict[str, list[str]] = {
     "digits": [],
     # The average of the last step: the error of clean images, by which --evaluate-every would choose, is smallest
-    # early, when attacked images are reconstructed worst.
+    # early, when attacked images are reconstructed worse.
     "mnist": f"{RECIPE} --steps 8000 --latent-floor 0.3".split(),
     "fashion_mnist": f"{RECIPE} --steps 3000 --evaluate-every 500 --evaluate-images 20".split(),
 }
