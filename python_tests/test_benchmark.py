@@ -284,3 +284,28 @@ def test_wrong_use_is_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {(size, precision) for size in run.SIZES for precision in ("float32", "bfloat16")}),
+        (["--precision", "bfloat16"], {(size, "bfloat16") for size in run.SIZES}),
+        (["--quick"], {((1, 10), "float32"), ((10, 10), "float32")}),
+        (["--quick", "--precision", "bfloat16"], {((1, 10), "bfloat16"), ((10, 10), "bfloat16")}),
+    ],
+)
+def test_options_choose_the_cases(arguments, expected, monkeypatch):
+    """No combination may measure nothing."""
+
+    class Measured(Exception):
+        pass
+
+    def measure(cases, **_):
+        raise Measured(cases)
+
+    monkeypatch.setattr(run, "measure", measure)
+    with pytest.raises(Measured) as called:
+        cli.main(["bench", *arguments])
+    (cases,) = called.value.args
+    assert {((case.images, case.restarts), case.precision) for case in cases} == expected

@@ -197,7 +197,7 @@ def test_unknown_instruction_set_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_no_code_for_a_wide_target_can_leak(name: str, tmp_path: Path) -> None:
     """An inline function compiled in one of these files could be the copy that the linker keeps for all callers,
     and crash a machine without the set: so they must define nothing that is merged between files."""

@@ -178,6 +178,11 @@ struct Tiles {
     table.max_rows[0] = table.max_rows[1] = kRows1;
     table.max_rows[2] = kRows2;
     table.max_rows[3] = kRows4;
+    table.step_multiple = 1;
+    table.tails = true;
+    table.twins = false;
+    table.max_segments = kMaxTileSegments;
+    table.max_segment = table.max_positions = kRows1;
     rows<0, 1, kRows1>(table);
     rows<1, 2, kRows1>(table);
     rows<2, 4, kRows2>(table);

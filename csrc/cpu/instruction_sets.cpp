@@ -2,8 +2,29 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#if defined(DEFGAN_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace defgan::cpu {
+namespace {
+
+#if defined(DEFGAN_HAS_AMX)
+// Whether the processor has bfloat16 products of tiles and the kernel lets this process use them: it must be asked,
+// since their registers make every thread's saved state larger.
+bool may_use_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kTile = 1u << 24, kBfloat16 = 1u << 22;
+  if ((d & kTile) == 0 || (d & kBfloat16) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+}  // namespace
 
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names = {"baseline"};
@@ -15,7 +36,13 @@ std::vector<std::string> supported_instruction_sets() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
       names.push_back("avx512");
-      if (__builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
+      if (__builtin_cpu_supports("avx512bf16")) {
+        names.push_back("avx512_bf16");
+#if defined(DEFGAN_HAS_AMX)
+        static const bool amx = may_use_amx();
+        if (amx) names.push_back("amx");
+#endif
+      }
     }
   }
 #endif
@@ -31,6 +58,9 @@ const InstructionSet& instruction_set(const std::string& name) {
     if (name == "avx2") return avx2_kernels();
     if (name == "avx512") return avx512_kernels();
     if (name == "avx512_bf16") return avx512_bf16_kernels();
+#endif
+#if defined(DEFGAN_HAS_AMX)
+    if (name == "amx") return amx_kernels();
 #endif
     return baseline_kernels();
   }

@@ -6,6 +6,12 @@
 
 #include "kernels.h"
 
+// AMX also needs an assembler that knows it, which came with these compilers, and Linux to ask for the registers.
+#if defined(__x86_64__) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
+#define DEFGAN_HAS_AMX 1
+#endif
+
 namespace defgan::cpu {
 
 // Each builds its table on first call, in code that may use the set: call only where the machine has it.
@@ -15,8 +21,11 @@ const InstructionSet& avx2_kernels();
 const InstructionSet& avx512_kernels();
 const InstructionSet& avx512_bf16_kernels();
 #endif
+#if defined(DEFGAN_HAS_AMX)
+const InstructionSet& amx_kernels();
+#endif
 
-// Those that this machine can run, best last: "baseline", "avx2", "avx512", "avx512_bf16".
+// Those that this machine can run, best last: "baseline", "avx2", "avx512", "avx512_bf16", "amx".
 std::vector<std::string> supported_instruction_sets();
 
 // The named set; throws std::invalid_argument where the machine cannot run it or the name is unknown.

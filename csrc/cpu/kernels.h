@@ -6,7 +6,9 @@
 //
 // Columns. Weights come in panels of two vectors of output channels (the last may be one vector), each
 // panel laid out in the order of consumption: [matrix][channel step][vectors][vector]. A step is one
-// float32 channel or one pair of bfloat16 channels: one dword, broadcast to all lanes.
+// float32 channel or one pair of bfloat16 channels: one dword, broadcast to all lanes. Tile registers
+// (AMX) take the same layout sixteen steps at a time: a unit of sixteen rows is one operand, and sixteen
+// steps of a vector are the other.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +20,7 @@ namespace defgan::cpu {
 
 constexpr int kUnitBytes = 64;
 constexpr int kUnitFloats = 16;
-constexpr int kMaxTileRows = 14;              // of any kernel
+constexpr int kMaxTileRows = 32;              // of any kernel
 constexpr int kMaxTileSegments = 4;           // lines of positions in one tile of the tap schedule
 constexpr int kGroupPanels[] = {0, 1, 2, 4};  // panels in one kernel's tile; entry 0 is the one-vector tail
 constexpr int kGroups = 4;
@@ -47,6 +49,11 @@ struct GemmArgs {
   int64_t ahead_advance;  // this many bytes further with every step
   Activation activation;
   float slope;
+  // For kernels that are not made for one number of rows, and take two positions at once.
+  int rows;
+  const Tap* twin_taps;  // of another position with the same matrices, from the same rows; nullptr: none
+  char* twin_destination;
+  const float* twin_bias;
 };
 using GemmKernel = void (*)(const GemmArgs&);
 
@@ -56,6 +63,7 @@ struct TapArgs {
   char* destination[kMaxTileSegments];
   int64_t destination_step;  // bytes between neighbouring positions of a segment
   int64_t unit_stride, destination_unit_stride;
+  int positions;  // of a segment; for kernels that are not made for one number
   int steps;
   const char* weights;
   const char* ahead;  // as in GemmArgs
@@ -68,6 +76,12 @@ struct KernelTable {
   int lanes;              // dwords of one vector; a panel is two of them
   int unit_channels;      // 16 or 32
   int max_rows[kGroups];  // of a tile with that many panels
+  int step_multiple;      // steps of a matrix are padded to a multiple of it, with weights of zero
+  bool tails;             // whether a panel may be one vector; else the last is padded to two
+  bool twins;             // whether a tile can be two positions, of half as many rows
+  int max_segments;       // of a tile of the tap schedule,
+  int max_segment;        // positions of one of them,
+  int max_positions;      // and of all
   GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];
   TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];  // [one vector, one panel][segments][positions]
 
@@ -106,6 +120,9 @@ struct KernelTable {
 
   // GFLOP of `rounds` register-only multiply-adds (the machine's limit when timed).
   double (*multiply_adds)(int64_t rounds);
+
+  // Called by each thread when it is done: gives tile registers back. nullptr where there are none.
+  void (*release)();
 };
 
 // The image side, always float32. A pixel is the sum of the elements of `columns` that its entries name.

@@ -159,13 +159,36 @@ void set_channels(Gemm& g, const KernelTable* table, int source, int destination
   g.table = table;
   g.source_channels = source;
   g.destination_channels = destination;
-  g.steps = table->unit_channels == 32 ? (source + 1) / 2 : source;
+  g.steps = round_up(table->unit_channels == 32 ? (source + 1) / 2 : source, table->step_multiple);
 }
 
 void drop_tap_schedule(Gemm& g) {
   g.vertical.clear();
   g.horizontal.clear();
   g.phases = 1;
+}
+
+int tap_count(const Gemm& g, int position) { return g.tap_begin[size_t(position) + 1] - g.tap_begin[size_t(position)]; }
+
+bool same_matrices(const Gemm& g, int a, int b) {
+  const auto first = g.taps.begin() + g.tap_begin[size_t(a)], other = g.taps.begin() + g.tap_begin[size_t(b)];
+  return tap_count(g, a) == tap_count(g, b) &&
+         std::equal(first, first + tap_count(g, a), other,
+                    [](const Tap& x, const Tap& y) { return x.matrix == y.matrix; });
+}
+
+// The positions of a phase in their order, or, where kernels take two at once, pairs of those with the same matrices.
+std::vector<Place> places_of(const Gemm& g, const std::vector<int>& positions) {
+  std::vector<Place> places;
+  for (const int p : positions) {
+    const auto partner = [&](const Place& place) { return place.twin < 0 && same_matrices(g, place.position, p); };
+    const auto found = g.table->twins ? std::find_if(places.begin(), places.end(), partner) : places.end();
+    if (found != places.end())
+      found->twin = p;
+    else
+      places.push_back({p, -1, 0, 0});
+  }
+  return places;
 }
 
 // Orders positions phase by phase. While one phase is computed the next one's matrices are fetched, or after the last
@@ -182,11 +205,11 @@ void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
     const bool last = phase + 1 == phases.size();
     const std::vector<int>& next = matrices[last ? 0 : phase + 1];
     const int64_t wanted = int64_t(next.size()) * g.steps;
+    std::vector<Place> places = places_of(g, phases[phase]);
     int64_t all = 0, done = 0;
-    for (const int p : phases[phase]) all += g.tap_begin[size_t(p) + 1] - g.tap_begin[size_t(p)];
-    for (const int p : phases[phase]) {
-      const int taps = g.tap_begin[size_t(p) + 1] - g.tap_begin[size_t(p)];
-      Place place{p, 0, 0};
+    for (const Place& place : places) all += tap_count(g, place.position);
+    for (Place& place : places) {
+      const int taps = tap_count(g, place.position);
       if (taps > 0 && wanted > 0) {
         const int64_t from = wanted * done / all;
         const int matrix = next[size_t(from / g.steps)] + (last ? g.matrices : 0);
@@ -266,8 +289,8 @@ void pack_weights(Gemm& g, const Weight& weight) {
   const int lanes = g.table->lanes, panel_channels = 2 * lanes;
   g.panels = g.destination_channels / panel_channels;
   const int rest = g.destination_channels % panel_channels;
-  if (rest > lanes) ++g.panels;
-  g.tail = rest > 0 && rest <= lanes;
+  g.tail = g.table->tails && rest > 0 && rest <= lanes;
+  if (rest > 0 && !g.tail) ++g.panels;
   g.matrix_stride = int64_t(g.steps) * panel_channels * 4;
   g.tail_matrix_stride = int64_t(g.steps) * lanes * 4;
   g.panel_stride = g.matrices * g.matrix_stride;
@@ -278,6 +301,7 @@ void pack_weights(Gemm& g, const Weight& weight) {
     char* destination = g.weights.data() + p * g.panel_stride;
     for (int m = 0; m < g.matrices; ++m)
       for (int step = 0; step < g.steps; ++step, destination += channels * 4) {
+        if (step * (pairs ? 2 : 1) >= g.source_channels) continue;  // padding
         if (!pairs) {
           float* d = reinterpret_cast<float*>(destination);
           for (int o = 0; o < count; ++o) d[o] = weight(m, step, first + o);

@@ -35,11 +35,13 @@ struct Run {
   int set, source, destination, count, source_step, destination_step;
 };
 
-// A destination position in the order in which a panel computes them. Meanwhile its share of the weights that come
+// A destination position in the order in which a panel computes them, or two that a kernel may take together.
+// Meanwhile its share of the weights that come
 // next is fetched: from this step of the panel on (counted through all matrices and on into the next panel), so many
 // steps for each of its own.
 struct Place {
   int position;
+  int twin;  // another one with the same matrices, or -1
   int64_t ahead_step;
   float ahead_rate;
 };

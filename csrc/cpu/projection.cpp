@@ -26,8 +26,9 @@ constexpr int64_t kBlockMemory = 8 << 20;
 
 int64_t units_of(int channels, int unit_channels) { return (channels + unit_channels - 1) / unit_channels; }
 
-int64_t buffer_bytes(const Shape& shape, int rows) {  // float32 units; bfloat16 needs no more
-  return units_of(shape.c, kUnitFloats) * shape.positions() * rows * kUnitBytes;
+// Float32 units, an even number of them: kernels without tails write whole panels. bfloat16 needs no more.
+int64_t buffer_bytes(const Shape& shape, int rows) {
+  return 2 * units_of(shape.c, 2 * kUnitFloats) * shape.positions() * rows * kUnitBytes;
 }
 
 // One block's buffers; row counts vary, the capacity does not.
@@ -62,10 +63,10 @@ struct Workspace {
     scratch = Buffer(size_t(scratch_bytes));
   }
 
-  // Padding channels are never written, and may be read against weights of zero: they must not hold what
-  // another row count left there.
-  void prepare(int next_rows) {
-    if (next_rows == rows) return;
+  // Padding channels are not always written, and may be read against weights of zero: they must not hold what
+  // another row count or, where `mixed`, another precision left there.
+  void prepare(int next_rows, bool mixed) {
+    if (next_rows == rows && !mixed) return;
     rows = next_rows;
     for (std::vector<Buffer>* list : {&stored, &delta})
       for (Buffer& b : *list) std::memset(b.data(), 0, b.size());
@@ -148,7 +149,7 @@ class Block {
   void project(const ProjectArgs& args, int64_t first, int rows) {
     const int k = g_.plan.latent_size(), pixels = g_.pixels(), stride = g_.pixel_stride();
     if (me_.id == 0) {
-      w_.prepare(rows);
+      w_.prepare(rows, g_.exact != nullptr);
       for (int row = 0; row < rows; ++row) {
         const int64_t image = (first + row) / args.restarts, restart = (first + row) % args.restarts;
         const int64_t start = (args.start_per_image ? image * args.restarts : 0) + restart;
@@ -195,7 +196,7 @@ class Block {
   void decode(const float* latents, float* images, int64_t first, int rows) {
     const int k = g_.plan.latent_size(), pixels = g_.pixels();
     if (me_.id == 0) {
-      w_.prepare(rows);
+      w_.prepare(rows, false);
       std::memcpy(w_.latent.data(), latents + first * k, size_t(rows) * k * 4);
     }
     me_.meet();
@@ -444,7 +445,8 @@ class Block {
     for (int group = 2; group < kGroups; ++group)
       if (rows <= table.max_rows[group]) widest = group;
 
-    const int64_t total = int64_t(2 * g.panels + g.tail) * g.destination_positions;  // in vectors
+    const int64_t places = int64_t(g.order.size());
+    const int64_t total = int64_t(2 * g.panels + g.tail) * places;  // in vectors
     const int64_t begin = total * me_.id / me_.size, end = total * (me_.id + 1) / me_.size;
     int64_t item = 0;
     for (int panel = 0; panel < g.panels + g.tail;) {
@@ -458,32 +460,52 @@ class Block {
       const int64_t step_stride = (group == 0 ? 1 : 2) * table.lanes * 4;
       const int64_t offset = (channel / unit_channels) * args.destination_unit_stride +
                              (channel % unit_channels) * (kUnitBytes / unit_channels);
-      for (int i = 0; i < g.destination_positions; ++i) {
-        // A position belongs to one thread; with a single one (flattened or fully connected) its tiles are shared.
-        const bool split_tiles = g.destination_positions == 1 && tiles > 1;
+      for (int64_t i = 0; i < places; ++i) {
+        // A place belongs to one thread; with a single one (flattened or fully connected) its tiles are shared.
+        const bool split_tiles = places == 1 && tiles > 1;
         if (!split_tiles) {
           const int64_t at = item;
           item += vectors;
           if (at < begin || at >= end) continue;
         }
         const Place& place = g.order[size_t(i)];
-        const int position = place.position;
-        const int first_tap = g.tap_begin[size_t(position)];
-        args.taps = g.taps.data() + first_tap;
-        args.tap_count = g.tap_begin[size_t(position) + 1] - first_tap;
-        args.bias = g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
         args.ahead = args.weights + place.ahead_step * step_stride;
         args.ahead_advance = int64_t(place.ahead_rate * float(step_stride));
-        int64_t tile_begin = 0, tile_end = tiles;
-        if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
-        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-          const int r0 = int(int64_t(rows) * tile / tiles), r1 = int(int64_t(rows) * (tile + 1) / tiles);
-          args.source = source + int64_t(r0) * kUnitBytes;
-          args.destination = destination + offset + (int64_t(position) * rows + r0) * kUnitBytes;
-          table.gemm[int(epilogue)][group][r1 - r0](args);
+        const auto taps_of = [&](int position) { return g.taps.data() + g.tap_begin[size_t(position)]; };
+        const auto bias_of = [&](int position) {
+          return g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
+        };
+        const auto finish_rows = [&](int position, int r0, int r1) {
           if (finish.what != Finish::kNothing)
             finish(reinterpret_cast<const float*>(destination), channel, channel + vectors * table.lanes,
                    int64_t(position) * rows + r0, int64_t(position) * rows + r1);
+        };
+        const bool together = place.twin >= 0 && 2 * rows <= table.max_rows[group];
+        args.twin_taps = nullptr;
+        if (together) {
+          args.twin_taps = taps_of(place.twin);
+          args.twin_bias = bias_of(place.twin);
+          args.twin_destination = destination + offset + int64_t(place.twin) * rows * kUnitBytes;
+        }
+        for (const int position : {place.position, place.twin}) {
+          if (position < 0) continue;
+          args.taps = taps_of(position);
+          args.tap_count = g.tap_begin[size_t(position) + 1] - g.tap_begin[size_t(position)];
+          args.bias = bias_of(position);
+          int64_t tile_begin = 0, tile_end = tiles;
+          if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
+          for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+            const int r0 = int(int64_t(rows) * tile / tiles), r1 = int(int64_t(rows) * (tile + 1) / tiles);
+            args.rows = r1 - r0;
+            args.source = source + int64_t(r0) * kUnitBytes;
+            args.destination = destination + offset + (int64_t(position) * rows + r0) * kUnitBytes;
+            table.gemm[int(epilogue)][group][r1 - r0](args);
+            finish_rows(position, r0, r1);
+          }
+          if (together) {
+            finish_rows(place.twin, 0, rows);
+            break;
+          }
         }
       }
       panel += group == 0 ? 1 : kGroupPanels[group];
@@ -498,7 +520,6 @@ class Block {
     const int slices = panels % me_.size == 0 ? 1 : std::min(me_.size, height);
     float* const scratch = w_.scratch.floats();
     const int64_t unit_floats = int64_t(g.destination_positions) * kUnitFloats;
-    const int most = table.max_rows[1];
     TapArgs args{};
     args.steps = g.steps;
     args.unit_stride = int64_t(g.source_positions) * kUnitBytes;
@@ -532,14 +553,14 @@ class Block {
               g.panel(panel) + (v.set * g.horizontal_sets + h.set) * (tail ? g.tail_matrix_stride : g.matrix_stride);
           args.destination_step = int64_t(h.destination_step) * kUnitBytes;
           // The next matrix is fetched while this one is used, which takes about so many tiles.
-          const int64_t tiles = int64_t(h.count) * (last - first) / most + 1;
+          const int64_t tiles = int64_t(h.count) * (last - first) / table.max_positions + 1;
           args.ahead = args.weights + (tail ? g.tail_matrix_stride : g.matrix_stride);
           args.ahead_advance = (tail ? 1 : 2) * table.lanes * 4 / tiles;
-          const int pieces = (h.count + most - 1) / most;
+          const int pieces = (h.count + table.max_segment - 1) / table.max_segment;
           const int phase_start = phase_position(h.source, g.phases, g.source_width);
           for (int piece = 0; piece < pieces; ++piece) {
             const int x0 = h.count * piece / pieces, x1 = h.count * (piece + 1) / pieces;
-            const int tall = std::max(1, std::min(kMaxTileSegments, most / (x1 - x0)));
+            const int tall = std::max(1, std::min(table.max_segments, table.max_positions / (x1 - x0)));
             const int bands = (last - first + tall - 1) / tall;
             for (int band = 0; band < bands; ++band) {
               const int s0 = first + (last - first) * band / bands, s1 = first + (last - first) * (band + 1) / bands;
@@ -549,6 +570,7 @@ class Block {
                 args.destination[s - s0] =
                     destination + (int64_t(dy) * width + h.destination + x0 * h.destination_step) * kUnitBytes;
               }
+              args.positions = x1 - x0;
               table.tap[tail ? 0 : 1][s1 - s0][x1 - x0](args);
               args.ahead += args.ahead_advance * args.steps;
             }
@@ -575,7 +597,8 @@ struct Division {
 
 Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows) {
   // Rows of a block: as many as fill the registers, twice that where a tile is small and activations are, too.
-  const int tile = std::max(g.set->float32->max_rows[1], 1);
+  const KernelTable& table = g.precision == Precision::kBfloat16 ? *g.set->bfloat16 : *g.set->float32;
+  const int tile = table.max_rows[1];
   const int64_t per_row = workspace_bytes(g, 1);
   const int largest = tile >= 12 || 2 * tile * per_row > kBlockMemory ? tile : 2 * tile;
   // Rough relative speed of a block of n rows in one thread: short tiles leave the multiply-add units idle.
@@ -604,6 +627,14 @@ Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   return best;
 }
 
+// Gives the calling thread's tile registers back.
+struct Release {
+  const InstructionSet* set;
+  ~Release() {
+    if (set->bfloat16->release) set->bfloat16->release();
+  }
+};
+
 // Calls use(block, first row, rows) for every block, by teams.
 template <class Use>
 void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows, Profile* profile,
@@ -624,6 +655,7 @@ void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   run_threads(division.teams * size, [&](int thread) {
     Team& team = *teams[size_t(thread / size)];
     const Member member{thread % size, size, &team.barrier};
+    const Release release{g.set};
     Block block(g, team.workspace, member, profile);
     for (;;) {
       if (member.id == 0) team.block = next.fetch_add(1);

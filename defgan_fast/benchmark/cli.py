@@ -20,7 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Registers `defgan-fast bench`."""
     parser = subparsers.add_parser("bench", help="measure the kernels against the machine and other software")
     parser.add_argument(
-        "--quick", action="store_true", help="float32 at 1 and 10 images x 10 restarts only, a few minutes"
+        "--quick",
+        action="store_true",
+        help="1 and 10 images x 10 restarts only, and float32 unless --precision is given: a few minutes",
     )
     parser.add_argument(
         "--json",
@@ -30,7 +32,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " interrupted",
     )
     parser.add_argument(
-        "--precision", choices=PRECISIONS, action="append", help="only this one (default: both)"
+        "--precision",
+        choices=PRECISIONS,
+        action="append",
+        help="only this one (default: both; --quick: float32)",
     )
     parser.add_argument(
         "--generator", default="mnist", help="geometry: mnist (default), digits, celeba, dcgan or upsampling"
@@ -57,13 +62,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     earlier = None if args.json is None else _partial(args.json)
     save = None if args.json is None else partial(_write, args.json)
-    cases = [
-        case
-        for case in (runner.QUICK if args.quick else runner.ALL)
-        if args.precision is None or case.precision in args.precision
-    ]
+    precisions = args.precision or (PRECISIONS[:1] if args.quick else PRECISIONS)
     result = runner.measure(
-        cases,
+        runner.cases(runner.QUICK_SIZES if args.quick else runner.SIZES, precisions),
         generator_name=args.generator,
         seconds=0.6 if args.quick else 1.0,
         earlier=earlier,

@@ -28,7 +28,7 @@ from ..info import environment
 from . import peers
 from .flops import flop_per_step
 from .generators import latent_size, moving_generator
-from .limits import PRECISIONS, machine_limits, probe
+from .limits import machine_limits, probe
 from .load import DISTURBED, OtherLoad
 
 REPETITIONS = 5
@@ -68,8 +68,12 @@ class Row(TypedDict):
 
 
 SIZES = [(1, 1), (1, 10), (10, 10), (200, 10)]
-ALL = [Case(images, restarts, precision) for images, restarts in SIZES for precision in PRECISIONS]
-QUICK = [Case(1, 10, "float32"), Case(10, 10, "float32")]
+QUICK_SIZES = SIZES[1:3]
+
+
+def cases(sizes: Sequence[tuple[int, int]], precisions: Sequence[str]) -> list[Case]:
+    """Every size in every precision."""
+    return [Case(images, restarts, precision) for images, restarts in sizes for precision in precisions]
 
 
 def problem(generator: nn.Module, images: int, restarts: int, seed: int = 0) -> peers.Work:
