@@ -51,8 +51,8 @@ struct GemmArgs {
   float slope;
   // For kernels that are not made for one number of rows, and take two positions at once.
   int rows;
-  const Tap* twin_taps;  // of another position with the same matrices, from the same rows; nullptr: none
-  char* twin_destination;
+  char* twin_destination;  // of another position with the same matrices; nullptr: none
+  const Tap* twin_taps;
   const float* twin_bias;
 };
 using GemmKernel = void (*)(const GemmArgs&);

@@ -180,7 +180,7 @@ void gemm_halves(const GemmArgs& g, int first_rows, int second_rows, const Tap* 
 
 template <Epilogue E>
 void gemm(const GemmArgs& g) {
-  if (g.twin_taps) {
+  if (g.twin_destination) {
     gemm_halves<E, 2>(g, g.rows, g.rows, g.twin_taps, g.source, g.twin_destination, g.twin_bias);
   } else if (g.rows > kTileRows) {
     const int first = (g.rows + 1) / 2;

@@ -481,7 +481,7 @@ class Block {
                    int64_t(position) * rows + r0, int64_t(position) * rows + r1);
         };
         const bool together = place.twin >= 0 && 2 * rows <= table.max_rows[group];
-        args.twin_taps = nullptr;
+        args.twin_destination = nullptr;
         if (together) {
           args.twin_taps = taps_of(place.twin);
           args.twin_bias = bias_of(place.twin);
@@ -601,8 +601,12 @@ Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   const int tile = table.max_rows[1];
   const int64_t per_row = workspace_bytes(g, 1);
   const int largest = tile >= 12 || 2 * tile * per_row > kBlockMemory ? tile : 2 * tile;
-  // Rough relative speed of a block of n rows in one thread: short tiles leave the multiply-add units idle.
-  const auto speed = [](int64_t n) { return n >= 5 ? 1.0 : n == 4 ? 0.95 : n == 3 ? 0.9 : 0.8; };
+  // Rough relative speed of a block of n rows in one thread: short tiles leave the multiply-add units idle; where
+  // tiles are registers of their own, the weights' way to them costs as much as another row.
+  const auto speed = [&table](int64_t n) {
+    if (table.twins) return double(n) / double(n + 1);
+    return n >= 5 ? 1.0 : n == 4 ? 0.95 : n == 3 ? 0.9 : 0.8;
+  };
   Division best;
   double best_time = 0;
   for (int teams = 1; teams <= threads; ++teams) {
