@@ -6,7 +6,8 @@
 // in list order, channels ascending, one fused multiply-add each), so a result's bits do not depend on the
 // tile's shape, on which thread computes it, or on which of the two schedules does.
 //
-// kFetchesAhead of a vector type: whether the weights that come next are fetched into the second-level cache.
+// kAheadVectors of a vector type: up to how many vectors of a tile the weights that come next are fetched into the
+// second-level cache.
 //
 // Storage S provides: V (vector type with load, store, broadcast, zero, fma, ...), kChannels (of a unit),
 // mac(acc, dword, weights), load(const char*) and store(char*, v) of V::kLanes channels.
@@ -57,7 +58,7 @@ void gemm_kernel(const GemmArgs& g) {
         DEFGAN_UNROLL(16)
         for (int n = 0; n < NR; ++n)
           b[n] = V::load(reinterpret_cast<const float*>(w + (n / 2) * g.panel_stride) + (n % 2) * V::kLanes);
-        if constexpr (V::kFetchesAhead) {
+        if constexpr (NR <= V::kAheadVectors) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += ahead_advance;
         }
@@ -120,7 +121,7 @@ void tap_kernel(const TapArgs& g) {
       typename V::T b[NR];
       DEFGAN_UNROLL(16)
       for (int n = 0; n < NR; ++n) b[n] = V::load(reinterpret_cast<const float*>(w) + n * V::kLanes);
-      if constexpr (V::kFetchesAhead) {
+      if constexpr (NR <= V::kAheadVectors) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += ahead_advance;
       }

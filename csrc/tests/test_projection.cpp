@@ -284,7 +284,9 @@ double median(std::vector<double> values) {
 
 void compare(const Network& n, const InstructionSet& set, int trial) {
   rng.seed(unsigned(trial));  // the same problem for every set, and on machines with fewer of them
-  const int k = n.plan.latent_size(), count = between(1, 4), restarts = between(1, 9);
+  // Every tenth problem has 35 rows, of which a thread makes blocks of 17 and 18 where a tile is that large.
+  const bool many = trial % 10 == 0;
+  const int k = n.plan.latent_size(), count = many ? 5 : between(1, 4), restarts = many ? 7 : between(1, 9);
   const size_t pixels = size_t(n.plan.image.elements());
   std::vector<float> images, start;
   for (size_t i = 0; i < size_t(count) * pixels; ++i) images.push_back(normal(0.5));
