@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kWorkingMemory = 200 << 20;
 // Beyond it a block is one tile of rows, not two: activations that leave the caches cost more than the second tile's
-// use of the same weights gains (AVX2, 64x64 images: 72% of the peak at 12 rows, 17 MB; 77% at 6).
+// use of the same weights gains (64x64 images: with AVX2 72% of the peak at 12 rows, 17 MB, and 77% at 6; with AMX 32
+// rows take 2.2 times as long as 16).
 constexpr int64_t kBlockMemory = 8 << 20;
 
 int64_t units_of(int channels, int unit_channels) { return (channels + unit_channels - 1) / unit_channels; }
@@ -81,6 +82,11 @@ int64_t workspace_bytes(const PackedGenerator& g, int rows) {
   total += int64_t(2) * g.image_places * g.image_units * rows * kUnitBytes;
   for (const Layer& l : plan.layers) total += buffer_bytes(l.out, rows);
   return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
+}
+
+// Of all layers but the last.
+const KernelTable* table_of(const PackedGenerator& g) {
+  return g.precision == Precision::kBfloat16 ? g.set->bfloat16 : g.set->float32;
 }
 
 // One thread's clock. Without a profile to fill it costs a comparison at each change of work.
@@ -242,10 +248,6 @@ class Block {
         table->finish_gradient(scratch, stored, delta, order, c0, c1, begin, end, places, activation, slope);
     }
   };
-
-  static const KernelTable* table_of(const PackedGenerator& g) {
-    return g.precision == Precision::kBfloat16 ? g.set->bfloat16 : g.set->float32;
-  }
 
   // The last layer is always float32, so a generator of one layer reads its latent as float32.
   static const KernelTable* latent_table(const PackedGenerator& g) {
@@ -596,11 +598,13 @@ struct Division {
 };
 
 Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max_rows) {
-  // Rows of a block: as many as fill the registers, twice that where a tile is small and activations are, too.
-  const KernelTable& table = g.precision == Precision::kBfloat16 ? *g.set->bfloat16 : *g.set->float32;
-  const int tile = table.max_rows[1];
+  // Rows of a block: as many as fill the registers, twice that where the weights of a tile are used by few rows and
+  // activations are small.
+  const KernelTable& table = *table_of(g);
+  const int tile = table.twins ? table.max_rows[1] / 2 : table.max_rows[1];
+  const bool many_rows = tile >= 12 && !table.twins;
   const int64_t per_row = workspace_bytes(g, 1);
-  const int largest = tile >= 12 || 2 * tile * per_row > kBlockMemory ? tile : 2 * tile;
+  const int largest = many_rows || 2 * tile * per_row > kBlockMemory ? tile : 2 * tile;
   // Rough relative speed of a block of n rows in one thread: short tiles leave the multiply-add units idle; where
   // tiles are registers of their own, the weights' way to them costs as much as another row.
   const auto speed = [&table](int64_t n) {
