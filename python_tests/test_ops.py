@@ -375,3 +375,19 @@ def test_export_of_a_defended_classifier(generator: nn.Module, images: Tensor) -
     )
     more = torch.rand(5, 1, 28, 28)
     torch.testing.assert_close(program.module()(more), model(more), rtol=1e-5, atol=1e-5)
+
+
+# --- importing ----------------------------------------------------------------------------------------------
+
+
+def test_importing_does_not_load_the_compiler() -> None:
+    """torch._dynamo takes most of a second, and several decorators of torch.compiler import it."""
+    program = "import sys, torch, defgan_fast; print('torch._dynamo' in sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert loaded.stdout == "False\n"
+
+
+def test_constant_result_is_marked_as_torch_marks_it() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(ops.cuda_kernels_run_on).items()
+    assert vars(marked)

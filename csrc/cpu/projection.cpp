@@ -635,12 +635,31 @@ Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   return best;
 }
 
-// Gives the calling thread's tile registers back.
-struct Release {
-  const InstructionSet* set;
-  ~Release() {
-    if (set->bfloat16->release) set->bfloat16->release();
+// What a working thread changes of its processor's state, and puts back: the caller's own thread is one of the team.
+class ProcessorState {
+ public:
+  explicit ProcessorState(const InstructionSet& set) : set_(set) {
+#if defined(__x86_64__)
+    // Numbers too small for float32's exponent become zero. A sigmoid that saturates makes many of them, and on some
+    // processors an operation with one takes a hundred times as long (docs/cpu.md).
+    constexpr unsigned kFlushToZero = 1u << 15, kDenormalsAreZero = 1u << 6;
+    control_ = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(control_ | kFlushToZero | kDenormalsAreZero);
+#endif
   }
+  ProcessorState(const ProcessorState&) = delete;
+  ~ProcessorState() {
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(control_);
+#endif
+    if (set_.bfloat16->release) set_.bfloat16->release();
+  }
+
+ private:
+  const InstructionSet& set_;
+#if defined(__x86_64__)
+  unsigned control_;
+#endif
 };
 
 // Calls use(block, first row, rows) for every block, by teams.
@@ -663,7 +682,7 @@ void for_blocks(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   run_threads(division.teams * size, [&](int thread) {
     Team& team = *teams[size_t(thread / size)];
     const Member member{thread % size, size, &team.barrier};
-    const Release release{g.set};
+    const ProcessorState state(*g.set);
     Block block(g, team.workspace, member, profile);
     for (;;) {
       if (member.id == 0) team.block = next.fetch_add(1);

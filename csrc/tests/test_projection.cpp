@@ -344,6 +344,31 @@ void compare(const Network& n, const InstructionSet& set, int trial) {
   }
 }
 
+// A gradient below float32's normal numbers is zero inside of a projection, whatever a thread's own setting, and the
+// caller's setting is what it was.
+void flush_denormals() {
+#if defined(__x86_64__)
+  Network n;
+  Layer l;
+  l.kind = Kind::kLinear;
+  l.in = l.out = {1, 1, 1};
+  l.weight = add(n, 1, 0, 1e-20);
+  n.plan.layers = {l};
+  n.plan.image = l.out;
+  const std::vector<float> images(2, 0.0f), start(3, 1.0f);
+  volatile float denormal = 1e-40f;
+  for (const std::string& name : supported_instruction_sets()) {
+    const auto packed = pack(n.plan, n.parameters(), instruction_set(name), Precision::kFloat32);
+    for (const int threads : {1, 2}) {
+      // 2 * 1e-20 * 1e-20: a step of this rate would show it
+      const Result r = run(*packed, images, start, 2, 3, {1e38f}, threads, 0);
+      for (const float z : r.latents) CHECK(z == 1.0f, "%s, %d threads: moved to %g", name.c_str(), threads, double(z));
+      CHECK(denormal * 0.5f > 0.0f, "%s, %d threads: the caller's setting was changed", name.c_str(), threads);
+    }
+  }
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -361,5 +386,6 @@ int main(int argc, char** argv) {
                   l.stride.h, l.stride.w, l.pad.h, l.pad.w, l.upsample.h, l.upsample.w, name_of(l.activation), l.bias,
                   l.norm.mean);
   }
+  flush_denormals();
   return report("test_projection");
 }
