@@ -145,7 +145,7 @@ def measure(
         generator_name: one of `generators.GENERATORS`.
         repetitions: timed repetitions of every backend; the median is reported.
         seconds: how long one repetition of a peer takes, about.
-        steps: of the kernels, up to 100 rows; a twentieth of it beyond.
+        steps: of the kernels, up to 100 rows; beyond as many as take about `10 * seconds`, at least a twentieth.
         compiled: whether `torch.compile` takes part, which compiles for some ten seconds a case.
         earlier: the result of a call that was interrupted; its cases are not measured again.
         save: called with the result so far after every case, and with the whole.
@@ -275,7 +275,8 @@ def _time_in_turns(
             skipped[peer.name] = str(reason)
             continue
         if peer.name.startswith("defgan_fast"):
-            n = steps if work.rows <= MANY_ROWS else max(1, steps // 20)
+            few = max(1, steps // 20)
+            n = steps if work.rows <= MANY_ROWS else _affordable_steps(run, 10 * seconds, steps, few)
         else:
             n = _affordable_steps(run, seconds, steps, 4 if work.rows <= MANY_ROWS else 1)
         run(n)
