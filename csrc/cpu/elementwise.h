@@ -192,10 +192,10 @@ struct Elementwise {
           continue;
         }
         char* h = stored_or_raw + element(e, source_positions, row, rows);
-        const float y = S::get(h);
-        S::put(h, activation == Activation::kSigmoid ? g * (y - y * y)
-                  : activation == Activation::kTanh  ? g * (1 - y * y)
-                                                     : (y > 0 ? g : g * slope));
+        // By the same function as everywhere: a compiler may fuse the products of one written out here.
+        float lanes[V::kLanes];
+        V::store(lanes, times_derivative<V>(V::all(g), V::all(S::get(h)), activation, slope));
+        S::put(h, lanes[0]);
       }
   }
 
