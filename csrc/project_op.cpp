@@ -114,9 +114,12 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
   {
     std::lock_guard<std::mutex> lock(cache_mutex);
     for (auto it = cache.begin(); it != cache.end(); ++it)
-      if (it->hash == hash && it->set == &set && it->precision == precision && it->plan == description) {
+      if (it->hash == hash && it->set == &set && it->plan == description) {
+        // What is packed in bfloat16 comes with the same in float32.
+        const bool exact = it->precision != precision && precision == Precision::kFloat32;
+        if (it->precision != precision && !exact) continue;
         cache.splice(cache.begin(), cache, it);
-        return it->packed;
+        return exact ? it->packed->exact : it->packed;
       }
   }
   std::shared_ptr<const PackedGenerator> packed = cpu::pack(plan, views, set, precision);

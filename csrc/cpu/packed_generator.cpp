@@ -73,41 +73,44 @@ Matrices matrices_of(const Layer& l, const std::vector<Parameter>& parameters, c
   m.out = l.out.c;
   m.values.assign(size_t(m.count) * size_t(m.in) * size_t(m.out), 0.0f);
   const int64_t taps = int64_t(l.kernel.h) * l.kernel.w;
-  for (size_t ty = 0; ty < ys.sets.size(); ++ty)
-    for (size_t tx = 0; tx < xs.sets.size(); ++tx) {
-      float* const matrix = m.values.data() + (ty * xs.sets.size() + tx) * size_t(m.in) * size_t(m.out);
-      for (const int ky : ys.sets[ty])
-        for (const int kx : xs.sets[tx]) {
-          int64_t offset = 0, step_in = 0, step_out = 0, out_position = 0;
-          if (l.kind == Kind::kConvTranspose) {  // [in][out][kernel]
-            offset = int64_t(ky) * l.kernel.w + kx;
-            step_in = l.out.c * taps;
-            step_out = taps;
-          } else if (l.kind == Kind::kConv) {  // [out][in][kernel]
-            offset = int64_t(ky) * l.kernel.w + kx;
-            step_in = taps;
-            step_out = l.in.c * taps;
-          } else {  // [out element][in element]
-            const int iy = ky / l.out.h, oy = ky % l.out.h, ix = kx / l.out.w, ox = kx % l.out.w;
-            out_position = int64_t(oy) * l.out.w + ox;
-            offset = out_position * l.in.elements() + iy * l.in.w + ix;
-            step_in = l.in.positions();
-            step_out = int64_t(l.out.positions()) * l.in.elements();
-          }
-          for (int ci = 0; ci < m.in; ++ci) {
-            const float* source = w + offset + ci * step_in;
-            float* row = matrix + int64_t(ci) * m.out;
-            if (affine.scale.empty()) {
-              for (int co = 0; co < m.out; ++co) row[co] += source[co * step_out];
-            } else {
-              const int64_t step = affine.per_element ? l.out.positions() : 1,
-                            first = affine.per_element ? out_position : 0;
-              for (int co = 0; co < m.out; ++co)
-                row[co] += source[co * step_out] * affine.scale[size_t(first + co * step)];
+  // Some source channels at a time: their weights stay in the cache while all taps pick theirs.
+  constexpr int kTogether = 16;
+  for (int c0 = 0; c0 < m.in; c0 += kTogether)
+    for (size_t ty = 0; ty < ys.sets.size(); ++ty)
+      for (size_t tx = 0; tx < xs.sets.size(); ++tx) {
+        float* const matrix = m.values.data() + (ty * xs.sets.size() + tx) * size_t(m.in) * size_t(m.out);
+        for (const int ky : ys.sets[ty])
+          for (const int kx : xs.sets[tx]) {
+            int64_t offset = 0, step_in = 0, step_out = 0, out_position = 0;
+            if (l.kind == Kind::kConvTranspose) {  // [in][out][kernel]
+              offset = int64_t(ky) * l.kernel.w + kx;
+              step_in = l.out.c * taps;
+              step_out = taps;
+            } else if (l.kind == Kind::kConv) {  // [out][in][kernel]
+              offset = int64_t(ky) * l.kernel.w + kx;
+              step_in = taps;
+              step_out = l.in.c * taps;
+            } else {  // [out element][in element]
+              const int iy = ky / l.out.h, oy = ky % l.out.h, ix = kx / l.out.w, ox = kx % l.out.w;
+              out_position = int64_t(oy) * l.out.w + ox;
+              offset = out_position * l.in.elements() + iy * l.in.w + ix;
+              step_in = l.in.positions();
+              step_out = int64_t(l.out.positions()) * l.in.elements();
+            }
+            for (int ci = c0; ci < std::min(m.in, c0 + kTogether); ++ci) {
+              const float* source = w + offset + ci * step_in;
+              float* row = matrix + int64_t(ci) * m.out;
+              if (affine.scale.empty()) {
+                for (int co = 0; co < m.out; ++co) row[co] += source[co * step_out];
+              } else {
+                const int64_t step = affine.per_element ? l.out.positions() : 1,
+                              first = affine.per_element ? out_position : 0;
+                for (int co = 0; co < m.out; ++co)
+                  row[co] += source[co * step_out] * affine.scale[size_t(first + co * step)];
+              }
             }
           }
-        }
-    }
+      }
   return m;
 }
 
