@@ -428,7 +428,7 @@ class Block {
     table->reorder_forward(source, p.layer.in.positions(), stored, p.layer.out.positions(), rows_, e0, e1);
   }
 
-  // Tiles of `rows` rows of one position; this thread's share of them.
+  // Tiles of rows of one position, or of two where kernels take twins; this thread's share of them.
   void row_schedule(const Gemm& g, Epilogue epilogue, const char* source, int rows, char* destination,
                     const Finish& finish) const {
     const KernelTable& table = *g.table;
