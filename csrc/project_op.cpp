@@ -116,7 +116,7 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
     for (auto it = cache.begin(); it != cache.end(); ++it)
       if (it->hash == hash && it->set == &set && it->plan == description) {
         // What is packed in bfloat16 comes with the same in float32.
-        const bool exact = it->precision != precision && precision == Precision::kFloat32;
+        const bool exact = precision == Precision::kFloat32 && it->packed->exact;
         if (it->precision != precision && !exact) continue;
         cache.splice(cache.begin(), cache, it);
         return exact ? it->packed->exact : it->packed;

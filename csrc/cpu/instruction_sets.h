@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-// AMX also needs an assembler that knows it, which came with these compilers, and Linux to ask for the registers.
+// AMX also needs an assembler that knows it, as those beside these compilers do, and Linux to ask for the registers.
 #if defined(__x86_64__) && defined(__linux__) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 11))
 #define DEFGAN_HAS_AMX 1

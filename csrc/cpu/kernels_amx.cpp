@@ -6,8 +6,8 @@
 // products in one order (taps in list order, units ascending, within a unit as the instruction does), whatever else
 // is in the tile, so bits do not depend on the tile's shape here either.
 //
-// Assembly, since the compilers' intrinsics do not say that they read memory: a configuration or a bias written just
-// before was found missing.
+// Assembly, since GCC 12's intrinsics do not say that they read memory: it dropped the writing of a configuration that
+// was loaded right after.
 #include "instruction_sets.h"
 #if defined(DEFGAN_HAS_AMX)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -98,12 +98,6 @@ void release() {
   configured[0] = configured[1] = 0;
 }
 
-// A number as a type.
-template <int kNumber>
-struct Half {
-  static constexpr int value = kNumber;
-};
-
 template <int kHalves>
 void products() {
   multiply_add<sums(0, 0), kSource, kWeights>();
@@ -193,35 +187,35 @@ void gemm(const GemmArgs& g) {
   }
 }
 
+template <int kHalf>
+void load_sums(const TapArgs& g) {
+  load<sums(kHalf, 0)>(g.destination[kHalf], g.destination_step);
+  load<sums(kHalf, 1)>(g.destination[kHalf] + g.destination_unit_stride, g.destination_step);
+}
+
+template <int kHalf>
+void store_sums(const TapArgs& g) {
+  store<sums(kHalf, 0)>(g.destination[kHalf], g.destination_step);
+  store<sums(kHalf, 1)>(g.destination[kHalf] + g.destination_unit_stride, g.destination_step);
+}
+
 // One or two segments of positions, one tap, one row; accumulates in float32.
 template <int kHalves>
 void tap(const TapArgs& g) {
   configure(g.positions, g.positions);
-  const auto each = [&](auto&& use) __attribute__((always_inline)) {
-    use(Half<0>());
-    if constexpr (kHalves == 2) use(Half<1>());
-  };
-  each([&](auto half) __attribute__((always_inline)) {
-    constexpr int kHalf = decltype(half)::value;
-    load<sums(kHalf, 0)>(g.destination[kHalf], g.destination_step);
-    load<sums(kHalf, 1)>(g.destination[kHalf] + g.destination_unit_stride, g.destination_step);
-  });
+  load_sums<0>(g);
+  if constexpr (kHalves == 2) load_sums<1>(g);
   const char* w = g.weights;
   int64_t unit = 0;
   for (int left = g.steps; left > 0; left -= kUnitFloats, unit += g.unit_stride, w += kUnitWeights) {
     load<kWeights>(w, kWeightStride);
     load<kWeights + 1>(w + kVectorBytes, kWeightStride);
-    each([&](auto half) __attribute__((always_inline)) {
-      constexpr int kHalf = decltype(half)::value;
-      load<kSource + kHalf>(g.source[kHalf] + unit, kUnitBytes);
-    });
+    load<kSource>(g.source[0] + unit, kUnitBytes);
+    if constexpr (kHalves == 2) load<kSource + 1>(g.source[1] + unit, kUnitBytes);
     products<kHalves>();
   }
-  each([&](auto half) __attribute__((always_inline)) {
-    constexpr int kHalf = decltype(half)::value;
-    store<sums(kHalf, 0)>(g.destination[kHalf], g.destination_step);
-    store<sums(kHalf, 1)>(g.destination[kHalf] + g.destination_unit_stride, g.destination_step);
-  });
+  store_sums<0>(g);
+  if constexpr (kHalves == 2) store_sums<1>(g);
 }
 
 double multiply_adds(int64_t rounds) {

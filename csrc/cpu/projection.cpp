@@ -21,9 +21,9 @@ namespace {
 
 constexpr int64_t kWorkingMemory = 200 << 20;
 // Beyond it a block is one tile of rows, not two: activations that leave the caches cost more than the second tile's
-// use of the same weights gains (64x64 images: with AVX2 72% of the peak at 12 rows, 17 MB, and 77% at 6; with AMX 32
+// use of the same weights gains (64x64 images: with AVX2 72% of the peak at 12 rows, 14 MB, and 77% at 6; with AMX 32
 // rows take 2.2 times as long as 16).
-constexpr int64_t kBlockMemory = 12 << 20;
+constexpr int64_t kBlockMemory = 8 << 20;
 
 int64_t units_of(int channels, int unit_channels) { return (channels + unit_channels - 1) / unit_channels; }
 
@@ -80,7 +80,7 @@ int64_t workspace_bytes(const PackedGenerator& g, int rows) {
   const Plan& plan = g.plan;
   int64_t total = 4 * buffer_bytes({plan.latent_size(), 1, 1}, rows) + int64_t(3) * g.pixel_stride() * rows * 4;
   total += int64_t(2) * g.image_places * g.image_units * rows * kUnitBytes;
-  for (const Layer& l : plan.layers) total += buffer_bytes(l.out, rows);
+  for (size_t n = 0; n + 1 < plan.layers.size(); ++n) total += buffer_bytes(plan.layers[n].out, rows);
   return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
 }
 
@@ -641,7 +641,7 @@ class ProcessorState {
   explicit ProcessorState(const InstructionSet& set) : set_(set) {
 #if defined(__x86_64__)
     // Numbers too small for float32's exponent become zero. A sigmoid that saturates makes many of them, and on some
-    // processors an operation with one takes a hundred times as long (docs/cpu.md).
+    // processors an operation with one takes many times as long (docs/cpu.md).
     constexpr unsigned kFlushToZero = 1u << 15, kDenormalsAreZero = 1u << 6;
     control_ = __builtin_ia32_stmxcsr();
     __builtin_ia32_ldmxcsr(control_ | kFlushToZero | kDenormalsAreZero);
