@@ -442,12 +442,14 @@ class Block {
     args.panel_stride = g.panel_stride;
     args.activation = finish.activation;
     args.slope = finish.slope;
-    // Wide tiles for few rows (a weight loaded once serves more accumulators), single panels for many.
-    int widest = 1;
-    for (int group = 2; group < kGroups; ++group)
-      if (rows <= table.max_rows[group]) widest = group;
-
     const int64_t places = int64_t(g.order.size());
+    // Wide tiles for few rows (a weight loaded once serves more accumulators), single panels for many; but a group at a
+    // place is one thread's, so there must be one for each.
+    int widest = 1;
+    for (int group = 2; group < kGroups; ++group) {
+      const int64_t groups = (g.panels + kGroupPanels[group] - 1) / kGroupPanels[group];
+      if (rows <= table.max_rows[group] && groups * places >= me_.size) widest = group;
+    }
     const int64_t total = int64_t(2 * g.panels + g.tail) * places;  // in vectors
     const int64_t begin = total * me_.id / me_.size, end = total * (me_.id + 1) / me_.size;
     int64_t item = 0;
