@@ -6,8 +6,8 @@
 // in list order, channels ascending, one fused multiply-add each), so a result's bits do not depend on the
 // tile's shape, on which thread computes it, or on which of the two schedules does.
 //
-// kAheadVectors of a vector type: up to how many vectors of a tile the weights that come next are fetched into the
-// second-level cache.
+// Of a vector type: kAheadVectors, up to how many vectors of a tile the weights that come next are fetched into the
+// second-level cache; kSoonSteps, how many steps ahead these kernels fetch weights into the first (0: not at all).
 //
 // Storage S provides: V (vector type with load, store, broadcast, zero, fma, ...), kChannels (of a unit),
 // mac(acc, dword, weights), load(const char*) and store(char*, v) of V::kLanes channels.
@@ -35,6 +35,15 @@ inline typename V::T times_derivative(typename V::T gradient, typename V::T stor
   return V::select_positive(stored, gradient, V::mul(gradient, V::all(slope)));
 }
 
+// Fetches the weights that a panel has kSoonSteps later.
+template <class V, int NR>
+inline void fetch_soon(const char* weights) {
+  constexpr int kStepBytes = (NR == 1 ? 1 : 2) * V::kLanes * 4;
+  if constexpr (V::kSoonSteps > 0)
+    for (int line = 0; line < kStepBytes; line += 64)
+      __builtin_prefetch(weights + V::kSoonSteps * kStepBytes + line, 0, 3);
+}
+
 template <class S, int M, int NR, Epilogue E>
 void gemm_kernel(const GemmArgs& g) {
   using V = typename S::V;
@@ -59,6 +68,7 @@ void gemm_kernel(const GemmArgs& g) {
         for (int n = 0; n < NR; ++n)
           b[n] = V::load(reinterpret_cast<const float*>(w + (n / 2) * g.panel_stride) + (n % 2) * V::kLanes);
         if constexpr (NR <= V::kAheadVectors) {
+          fetch_soon<V, NR>(w);
           __builtin_prefetch(ahead, 0, 2);
           ahead += ahead_advance;
         }
@@ -122,6 +132,7 @@ void tap_kernel(const TapArgs& g) {
       DEFGAN_UNROLL(16)
       for (int n = 0; n < NR; ++n) b[n] = V::load(reinterpret_cast<const float*>(w) + n * V::kLanes);
       if constexpr (NR <= V::kAheadVectors) {
+        fetch_soon<V, NR>(w);
         __builtin_prefetch(ahead, 0, 2);
         ahead += ahead_advance;
       }
