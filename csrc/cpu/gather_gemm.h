@@ -44,24 +44,33 @@ inline void fetch_soon(const char* weights) {
       __builtin_prefetch(weights + V::kSoonSteps * kStepBytes + line, 0, 3);
 }
 
-template <class S, int M, int NR, Epilogue E>
+// M rows of one position, or of two with the same matrices (kPositions), which then share every weight that is loaded.
+template <class S, int M, int NR, Epilogue E, int kPositions>
 void gemm_kernel(const GemmArgs& g) {
   using V = typename S::V;
-  typename V::T acc[M][NR];
+  constexpr int kRows = M * kPositions;
+  typename V::T acc[kRows][NR];
   DEFGAN_UNROLL(16)
   for (int n = 0; n < NR; ++n) {
     const typename V::T start = g.bias ? V::load(g.bias + n * V::kLanes) : V::zero();
     DEFGAN_UNROLL(16)
     for (int m = 0; m < M; ++m) acc[m][n] = start;
+    if constexpr (kPositions == 2) {
+      const typename V::T twin = g.twin_bias ? V::load(g.twin_bias + n * V::kLanes) : V::zero();
+      DEFGAN_UNROLL(16)
+      for (int m = M; m < kRows; ++m) acc[m][n] = twin;
+    }
   }
   constexpr int kPanelVectors = NR == 1 ? 1 : 2;
   constexpr int kStepBytes = kPanelVectors * V::kLanes * 4;
   const char* ahead = g.ahead;
   const int64_t ahead_advance = g.ahead_advance;
   for (int t = 0; t < g.tap_count; ++t) {
-    const char* a = g.source + g.taps[t].source * g.position_stride;
+    const char* a[kPositions];
+    a[0] = g.source + g.taps[t].source * g.position_stride;
+    if constexpr (kPositions == 2) a[1] = g.source + g.twin_taps[t].source * g.position_stride;
     const char* w = g.weights + g.taps[t].matrix * g.matrix_stride;
-    for (int left = g.steps; left > 0; left -= kUnitFloats, a += g.unit_stride) {
+    for (int left = g.steps; left > 0; left -= kUnitFloats) {
       const auto step = [&](int k) __attribute__((always_inline)) {
         typename V::T b[NR];
         DEFGAN_UNROLL(16)
@@ -73,8 +82,9 @@ void gemm_kernel(const GemmArgs& g) {
           ahead += ahead_advance;
         }
         DEFGAN_UNROLL(16)
-        for (int m = 0; m < M; ++m) {
-          const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a + m * kUnitBytes) + k);
+        for (int m = 0; m < kRows; ++m) {
+          const typename V::T x =
+              V::broadcast(reinterpret_cast<const float*>(a[m / M] + (m % M) * kUnitBytes) + k);
           DEFGAN_UNROLL(16)
           for (int n = 0; n < NR; ++n) acc[m][n] = S::mac(acc[m][n], x, b[n]);
         }
@@ -86,11 +96,12 @@ void gemm_kernel(const GemmArgs& g) {
       } else {
         for (int k = 0; k < left; ++k) step(k);
       }
+      for (int p = 0; p < kPositions; ++p) a[p] += g.unit_stride;
     }
   }
   DEFGAN_UNROLL(16)
-  for (int m = 0; m < M; ++m) {
-    char* row = g.destination + m * kUnitBytes;
+  for (int m = 0; m < kRows; ++m) {
+    char* row = (m < M ? g.destination : g.twin_destination) + (m % M) * kUnitBytes;
     DEFGAN_UNROLL(16)
     for (int n = 0; n < NR; ++n) {
       if constexpr (E == Epilogue::kRaw) {
@@ -162,16 +173,17 @@ void tap_kernel(const TapArgs& g) {
   }
 }
 
-// Fills a table with every tile that fits the register file: kRows rows of one panel, and so on.
-template <class S, int kRows1, int kRows2, int kRows4>
+// Fills a table with every tile that fits the register file: kRows1 rows of one panel, and so on; with kTwins also
+// those of two positions, of half as many rows each.
+template <class S, int kRows1, int kRows2, int kRows4, bool kTwins>
 struct Tiles {
-  template <int kGroup, int NR, int M>
-  static void rows(KernelTable& table) {
+  template <int kGroup, int NR, int M, int kPositions>
+  static void rows(GemmKernel (&kernels)[kEpilogues][kGroups][kMaxTileRows + 1]) {
     if constexpr (M > 0) {
-      table.gemm[0][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kRaw>;
-      table.gemm[1][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kActivate>;
-      table.gemm[2][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kGradient>;
-      rows<kGroup, NR, M - 1>(table);
+      kernels[0][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kRaw, kPositions>;
+      kernels[1][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kActivate, kPositions>;
+      kernels[2][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kGradient, kPositions>;
+      rows<kGroup, NR, M - 1, kPositions>(kernels);
     }
   }
   template <int Y, int X>
@@ -192,13 +204,20 @@ struct Tiles {
     table.max_rows[3] = kRows4;
     table.step_multiple = 1;
     table.tails = true;
-    table.twins = false;
+    table.twins = kTwins;
+    table.tile_registers = false;
     table.max_segments = kMaxTileSegments;
     table.max_segment = table.max_positions = kRows1;
-    rows<0, 1, kRows1>(table);
-    rows<1, 2, kRows1>(table);
-    rows<2, 4, kRows2>(table);
-    rows<3, 8, kRows4>(table);
+    rows<0, 1, kRows1, 1>(table.gemm);
+    rows<1, 2, kRows1, 1>(table.gemm);
+    rows<2, 4, kRows2, 1>(table.gemm);
+    rows<3, 8, kRows4, 1>(table.gemm);
+    if constexpr (kTwins) {
+      rows<0, 1, kRows1 / 2, 2>(table.gemm_twins);
+      rows<1, 2, kRows1 / 2, 2>(table.gemm_twins);
+      rows<2, 4, kRows2 / 2, 2>(table.gemm_twins);
+      rows<3, 8, kRows4 / 2, 2>(table.gemm_twins);
+    }
     rectangles<1, kRows1>(table);
     rectangles<2, kRows1>(table);
     rectangles<3, kRows1>(table);

@@ -49,9 +49,9 @@ struct GemmArgs {
   int64_t ahead_advance;  // this many bytes further with every step
   Activation activation;
   float slope;
-  // For kernels that are not made for one number of rows, and take two positions at once.
-  int rows;
-  char* twin_destination;  // of another position with the same matrices; nullptr: none
+  int rows;  // for kernels that are not made for one number of them
+  // Of another position with the same matrices, for kernels that take two at once.
+  char* twin_destination;
   const Tap* twin_taps;
   const float* twin_bias;
 };
@@ -79,10 +79,12 @@ struct KernelTable {
   int step_multiple;      // steps of a matrix are padded to a multiple of it, with weights of zero
   bool tails;             // whether a panel may be one vector; else the last is padded to two
   bool twins;             // whether a tile can be two positions, of half as many rows
+  bool tile_registers;    // whether a tile's rows are computed at once
   int max_segments;       // of a tile of the tap schedule,
   int max_segment;        // positions of one of them,
   int max_positions;      // and of all
   GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];
+  GemmKernel gemm_twins[kEpilogues][kGroups][kMaxTileRows + 1];  // rows of each position
   TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];  // [one vector, one panel][segments][positions]
 
   // Units below are float32 units (16 channels) unless they are said to be of the storage type.

@@ -174,10 +174,13 @@ void gemm_halves(const GemmArgs& g, int first_rows, int second_rows, const Tap* 
 }
 
 template <Epilogue E>
+void gemm_twins(const GemmArgs& g) {
+  gemm_halves<E, 2>(g, g.rows, g.rows, g.twin_taps, g.source, g.twin_destination, g.twin_bias);
+}
+
+template <Epilogue E>
 void gemm(const GemmArgs& g) {
-  if (g.twin_destination) {
-    gemm_halves<E, 2>(g, g.rows, g.rows, g.twin_taps, g.source, g.twin_destination, g.twin_bias);
-  } else if (g.rows > kTileRows) {
+  if (g.rows > kTileRows) {
     const int first = (g.rows + 1) / 2;
     gemm_halves<E, 2>(g, first, g.rows - first, g.taps, g.source + first * kUnitBytes,
                       g.destination + first * kUnitBytes, g.bias);
@@ -238,7 +241,7 @@ InstructionSet make() {
   bfloat16.max_rows[0] = bfloat16.max_rows[1] = 2 * kTileRows;
   bfloat16.step_multiple = kUnitFloats;
   bfloat16.tails = false;
-  bfloat16.twins = true;
+  bfloat16.twins = bfloat16.tile_registers = true;
   bfloat16.max_segments = 2;
   bfloat16.max_segment = kTileRows;
   bfloat16.max_positions = 2 * kTileRows;
@@ -246,6 +249,11 @@ InstructionSet make() {
     bfloat16.gemm[int(Epilogue::kRaw)][1][rows] = gemm<Epilogue::kRaw>;
     bfloat16.gemm[int(Epilogue::kActivate)][1][rows] = gemm<Epilogue::kActivate>;
     bfloat16.gemm[int(Epilogue::kGradient)][1][rows] = gemm<Epilogue::kGradient>;
+  }
+  for (int rows = 1; rows <= kTileRows; ++rows) {
+    bfloat16.gemm_twins[int(Epilogue::kRaw)][1][rows] = gemm_twins<Epilogue::kRaw>;
+    bfloat16.gemm_twins[int(Epilogue::kActivate)][1][rows] = gemm_twins<Epilogue::kActivate>;
+    bfloat16.gemm_twins[int(Epilogue::kGradient)][1][rows] = gemm_twins<Epilogue::kGradient>;
   }
   for (int positions = 1; positions <= kTileRows; ++positions) {
     bfloat16.tap[1][1][positions] = tap<1>;

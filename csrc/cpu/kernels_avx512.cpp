@@ -32,7 +32,7 @@ ImageKernels image;
 InstructionSet make() {
   float32.name = "avx512";
   // 32 registers: 14 x 2 accumulators, two weights, one broadcast.
-  Tiles<Float32<Vector>, 14, 6, 2>::fill(float32);
+  Tiles<Float32<Vector>, 14, 6, 2, true>::fill(float32);
   Elementwise<Float32<Vector>>::fill(float32);
   Image<Vector>::fill(image);
   return {"avx512", &float32, avx2_kernels().bfloat16, &image};

@@ -78,9 +78,9 @@ ImageKernels image;
 InstructionSet make() {
   float32.name = bfloat16.name = "baseline";
   // 16 registers: 6 x 2 accumulators, two weights, one broadcast.
-  Tiles<Float32<Vector>, 6, 2, 1>::fill(float32);
+  Tiles<Float32<Vector>, 6, 2, 1, false>::fill(float32);
   Elementwise<Float32<Vector>>::fill(float32);
-  Tiles<Bfloat16<Vector>, 4, 1, 1>::fill(bfloat16);
+  Tiles<Bfloat16<Vector>, 4, 1, 1, false>::fill(bfloat16);
   Elementwise<Bfloat16<Vector>>::fill(bfloat16);
   Image<Vector>::fill(image);
   return {"baseline", &float32, &bfloat16, &image};

@@ -223,6 +223,7 @@ void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
       done += taps;
     }
   }
+  g.paired = int(g.order.size()) * 4 < g.destination_positions * 3;
 }
 
 // Geometry of one direction: taps per destination, their order, the tap schedule.

@@ -55,6 +55,7 @@ struct Gemm {
   std::vector<int> tap_begin;  // per destination position, and one more
   std::vector<Tap> taps;
   std::vector<Place> order;  // those of one phase together, which share matrices, so that these stay in cache
+  bool paired = false;       // whether most positions have a twin
 
   // The tap schedule of a single row; empty where the layer does not suit it.
   std::vector<Run> vertical, horizontal;

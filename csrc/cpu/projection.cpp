@@ -25,6 +25,10 @@ constexpr int64_t kWorkingMemory = 200 << 20;
 // rows take 2.2 times as long as 16).
 constexpr int64_t kBlockMemory = 8 << 20;
 
+// Of so many rows two panels at one position were faster than one panel at two (by 2 of 75 points, AVX-512; for four and
+// six rows it is the other way round, by 1 and 4).
+constexpr int kWideRows = 5;
+
 int64_t units_of(int channels, int unit_channels) { return (channels + unit_channels - 1) / unit_channels; }
 
 // Float32 units, an even number of them: kernels without tails write whole panels. bfloat16 needs no more.
@@ -443,12 +447,15 @@ class Block {
     args.activation = finish.activation;
     args.slope = finish.slope;
     const int64_t places = int64_t(g.order.size());
-    // Wide tiles for few rows (a weight loaded once serves more accumulators), single panels for many; but a group at a
-    // place is one thread's, so there must be one for each.
+    // A weight that is loaded once serves all accumulators of a tile, which fill the registers: many rows of one panel, few
+    // rows of two positions, or few rows of several panels. But a group of panels at a place is one thread's, so there
+    // must be one for each.
+    const bool twins = g.paired && 2 * rows <= table.max_rows[1] && rows != kWideRows;
+    const int tile_rows = twins ? 2 * rows : rows;
     int widest = 1;
     for (int group = 2; group < kGroups; ++group) {
       const int64_t groups = (g.panels + kGroupPanels[group] - 1) / kGroupPanels[group];
-      if (rows <= table.max_rows[group] && groups * places >= me_.size) widest = group;
+      if (tile_rows <= table.max_rows[group] && groups * places >= me_.size) widest = group;
     }
     const int64_t total = int64_t(2 * g.panels + g.tail) * places;  // in vectors
     const int64_t begin = total * me_.id / me_.size, end = total * (me_.id + 1) / me_.size;
@@ -473,8 +480,6 @@ class Block {
           if (at < begin || at >= end) continue;
         }
         const Place& place = g.order[size_t(i)];
-        args.ahead = args.weights + place.ahead_step * step_stride;
-        args.ahead_advance = int64_t(place.ahead_rate * float(step_stride));
         const auto taps_of = [&](int position) { return g.taps.data() + g.tap_begin[size_t(position)]; };
         const auto bias_of = [&](int position) {
           return g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
@@ -484,8 +489,10 @@ class Block {
             finish(reinterpret_cast<const float*>(destination), channel, channel + vectors * table.lanes,
                    int64_t(position) * rows + r0, int64_t(position) * rows + r1);
         };
-        const bool together = place.twin >= 0 && 2 * rows <= table.max_rows[group];
-        args.twin_destination = nullptr;
+        const bool together = twins && place.twin >= 0 && 2 * rows <= table.max_rows[group];
+        const float calls = place.twin >= 0 && !together ? 2 : 1;
+        args.ahead = args.weights + place.ahead_step * step_stride;
+        args.ahead_advance = int64_t(place.ahead_rate / calls * float(step_stride));
         if (together) {
           args.twin_taps = taps_of(place.twin);
           args.twin_bias = bias_of(place.twin);
@@ -503,13 +510,14 @@ class Block {
             args.rows = r1 - r0;
             args.source = source + int64_t(r0) * kUnitBytes;
             args.destination = destination + offset + (int64_t(position) * rows + r0) * kUnitBytes;
-            table.gemm[int(epilogue)][group][r1 - r0](args);
+            (together ? table.gemm_twins : table.gemm)[int(epilogue)][group][r1 - r0](args);
             finish_rows(position, r0, r1);
           }
           if (together) {
             finish_rows(place.twin, 0, rows);
             break;
           }
+          args.ahead += args.ahead_advance * args.tap_count * args.steps;
         }
       }
       panel += group == 0 ? 1 : kGroupPanels[group];
@@ -603,14 +611,14 @@ Division divide(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   // Rows of a block: as many as fill the registers, twice that where the weights of a tile are used by few rows and
   // activations are small.
   const KernelTable& table = *table_of(g);
-  const int tile = table.twins ? table.max_rows[1] / 2 : table.max_rows[1];
-  const bool many_rows = tile >= 12 && !table.twins;
+  const int tile = table.tile_registers ? table.max_rows[1] / 2 : table.max_rows[1];
+  const bool many_rows = tile >= 12 && !table.tile_registers;
   const int64_t per_row = workspace_bytes(g, 1);
   const int largest = many_rows || 2 * tile * per_row > kBlockMemory ? tile : 2 * tile;
   // Rough relative speed of a block of n rows in one thread: short tiles leave the multiply-add units idle; where
   // tiles are registers of their own, the weights' way to them costs as much as another row.
   const auto speed = [&table](int64_t n) {
-    if (table.twins) return double(n) / double(n + 1);
+    if (table.tile_registers) return double(n) / double(n + 1);
     return n >= 5 ? 1.0 : n == 4 ? 0.95 : n == 3 ? 0.9 : 0.8;
   };
   Division best;
