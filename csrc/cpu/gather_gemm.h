@@ -54,12 +54,7 @@ void gemm_kernel(const GemmArgs& g) {
   for (int n = 0; n < NR; ++n) {
     const typename V::T start = g.bias ? V::load(g.bias + n * V::kLanes) : V::zero();
     DEFGAN_UNROLL(16)
-    for (int m = 0; m < M; ++m) acc[m][n] = start;
-    if constexpr (kPositions == 2) {
-      const typename V::T twin = g.twin_bias ? V::load(g.twin_bias + n * V::kLanes) : V::zero();
-      DEFGAN_UNROLL(16)
-      for (int m = M; m < kRows; ++m) acc[m][n] = twin;
-    }
+    for (int m = 0; m < kRows; ++m) acc[m][n] = start;
   }
   constexpr int kPanelVectors = NR == 1 ? 1 : 2;
   constexpr int kStepBytes = kPanelVectors * V::kLanes * 4;
@@ -83,8 +78,7 @@ void gemm_kernel(const GemmArgs& g) {
         }
         DEFGAN_UNROLL(16)
         for (int m = 0; m < kRows; ++m) {
-          const typename V::T x =
-              V::broadcast(reinterpret_cast<const float*>(a[m / M] + (m % M) * kUnitBytes) + k);
+          const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a[m / M] + (m % M) * kUnitBytes) + k);
           DEFGAN_UNROLL(16)
           for (int n = 0; n < NR; ++n) acc[m][n] = S::mac(acc[m][n], x, b[n]);
         }

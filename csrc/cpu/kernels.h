@@ -50,10 +50,9 @@ struct GemmArgs {
   Activation activation;
   float slope;
   int rows;  // for kernels that are not made for one number of them
-  // Of another position with the same matrices, for kernels that take two at once.
+  // Of another position with the same matrices and bias, for kernels that take two at once.
   char* twin_destination;
   const Tap* twin_taps;
-  const float* twin_bias;
 };
 using GemmKernel = void (*)(const GemmArgs&);
 
@@ -85,7 +84,7 @@ struct KernelTable {
   int max_positions;      // and of all
   GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];
   GemmKernel gemm_twins[kEpilogues][kGroups][kMaxTileRows + 1];  // rows of each position
-  TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];  // [one vector, one panel][segments][positions]
+  TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];      // [one vector, one panel][segments][positions]
 
   // Units below are float32 units (16 channels) unless they are said to be of the storage type.
 

@@ -146,10 +146,10 @@ void finish(const GemmArgs& g, int rows, char* destination) {
 // A panel of one position, or of two with the same matrices; of one position up to 32 rows, in two halves.
 template <Epilogue E, int kHalves>
 void gemm_halves(const GemmArgs& g, int first_rows, int second_rows, const Tap* second_taps, const char* second_source,
-                 char* second_destination, const float* second_bias) {
+                 char* second_destination) {
   configure(first_rows, second_rows);
   start<0>(g.bias);
-  if constexpr (kHalves == 2) start<1>(second_bias);
+  if constexpr (kHalves == 2) start<1>(g.bias);
   const char* ahead = g.ahead;
   const int64_t ahead_advance = g.ahead_advance * kUnitFloats;
   for (int t = 0; t < g.tap_count; ++t) {
@@ -175,7 +175,7 @@ void gemm_halves(const GemmArgs& g, int first_rows, int second_rows, const Tap* 
 
 template <Epilogue E>
 void gemm_twins(const GemmArgs& g) {
-  gemm_halves<E, 2>(g, g.rows, g.rows, g.twin_taps, g.source, g.twin_destination, g.twin_bias);
+  gemm_halves<E, 2>(g, g.rows, g.rows, g.twin_taps, g.source, g.twin_destination);
 }
 
 template <Epilogue E>
@@ -183,10 +183,10 @@ void gemm(const GemmArgs& g) {
   if (g.rows > kTileRows) {
     const int first = (g.rows + 1) / 2;
     gemm_halves<E, 2>(g, first, g.rows - first, g.taps, g.source + first * kUnitBytes,
-                      g.destination + first * kUnitBytes, g.bias);
+                      g.destination + first * kUnitBytes);
   } else {
     // configured as for twins, which a place without one stands between
-    gemm_halves<E, 1>(g, g.rows, g.rows, nullptr, nullptr, nullptr, nullptr);
+    gemm_halves<E, 1>(g, g.rows, g.rows, nullptr, nullptr, nullptr);
   }
 }
 

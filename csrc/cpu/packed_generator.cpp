@@ -173,6 +173,8 @@ void drop_tap_schedule(Gemm& g) {
 
 int tap_count(const Gemm& g, int position) { return g.tap_begin[size_t(position) + 1] - g.tap_begin[size_t(position)]; }
 
+// Positions of the same matrices have the same bias: it differs between positions in a Linear layer only, where each has
+// matrices of its own.
 bool same_matrices(const Gemm& g, int a, int b) {
   const auto first = g.taps.begin() + g.tap_begin[size_t(a)], other = g.taps.begin() + g.tap_begin[size_t(b)];
   return tap_count(g, a) == tap_count(g, b) &&

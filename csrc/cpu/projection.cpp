@@ -481,9 +481,6 @@ class Block {
         }
         const Place& place = g.order[size_t(i)];
         const auto taps_of = [&](int position) { return g.taps.data() + g.tap_begin[size_t(position)]; };
-        const auto bias_of = [&](int position) {
-          return g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
-        };
         const auto finish_rows = [&](int position, int r0, int r1) {
           if (finish.what != Finish::kNothing)
             finish(reinterpret_cast<const float*>(destination), channel, channel + vectors * table.lanes,
@@ -495,14 +492,13 @@ class Block {
         args.ahead_advance = int64_t(place.ahead_rate / calls * float(step_stride));
         if (together) {
           args.twin_taps = taps_of(place.twin);
-          args.twin_bias = bias_of(place.twin);
           args.twin_destination = destination + offset + int64_t(place.twin) * rows * kUnitBytes;
         }
         for (const int position : {place.position, place.twin}) {
           if (position < 0) continue;
           args.taps = taps_of(position);
           args.tap_count = g.tap_begin[size_t(position) + 1] - g.tap_begin[size_t(position)];
-          args.bias = bias_of(position);
+          args.bias = g.bias.empty() ? nullptr : g.bias.data() + position * g.bias_position_stride + channel;
           int64_t tile_begin = 0, tile_end = tiles;
           if (split_tiles) me_.share(tiles, &tile_begin, &tile_end);
           for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
