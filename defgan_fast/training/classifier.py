@@ -2,12 +2,14 @@
 
 The images are the data set's own (Defense-GAN-Orig in the paper), their reconstructions (-Rec), or both.
 Adversarial training averages the loss over clean images and FGSM examples made against the network as it is
-at that step. The optional changes of shape, contrast and noise are for the digits, whose training part is small.
+at that step. The optional changes of shape, contrast and noise are for the digits, whose training part is small;
+averaged weights are a departure from the recipe.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from torch import nn
 
 from defgan_fast import models
 from defgan_fast.attacks import fgsm
+from defgan_fast.training import averaging
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.epochs import EpochTrainer, check_settings, steps_of
 
@@ -26,7 +29,8 @@ class ClassifierSettings:
     """Everything that decides a training run, apart from the data and the number of threads.
 
     ``on`` says what the images are: "images", "reconstructions" or "both". ``adversarial`` is FGSM's epsilon
-    (paper: 0.3 and 0.15), 0 for none. ``variant``: see :class:`defgan_fast.models.Classifier`.
+    (paper: 0.3 and 0.15), 0 for none. ``ema`` is the decay of the averaged weights, 0 for the last iterate (the
+    paper's). ``variant``: see :class:`defgan_fast.models.Classifier`.
     """
 
     arch: str = "F"
@@ -37,6 +41,7 @@ class ClassifierSettings:
     augment: float = 0.0
     corrupt: float = 0.0
     adversarial: float = 0.0
+    ema: float = 0.0
     on: str = "images"
     seed: int = 0
 
@@ -48,6 +53,7 @@ class ClassifierSettings:
             raise ValueError(f"corrupt must be at least 0, got {self.corrupt}")
         if self.adversarial < 0:
             raise ValueError(f"adversarial must be at least 0, got {self.adversarial}")
+        averaging.check_decay(self.ema)
         if self.on not in SOURCES:
             raise ValueError(f"on must be one of {', '.join(SOURCES)}, got {self.on!r}")
 
@@ -88,6 +94,12 @@ class ClassifierTrainer(EpochTrainer):
             lambda: models.Classifier(settings.arch, list(images.shape[1:]), classes, settings.variant),
         )
         self.labels = labels.to(self.device)
+        self.average = averaging.copy_of(self.model) if settings.ema else None
+
+    @property
+    def result(self) -> nn.Module:
+        """The classifier that the training is for: the average where there is one, else the last iterate."""
+        return self.model if self.average is None else self.average
 
     def advance(self) -> dict[str, torch.Tensor]:
         """One batch."""
@@ -102,8 +114,21 @@ class ClassifierTrainer(EpochTrainer):
         if attacked is not None:
             loss = (loss + F.cross_entropy(self.model(attacked), labels)) / 2
         self.descend(loss)
+        if self.average is not None:
+            averaging.update(self.average, self.model, self.options.ema, self.step - 1)
         accuracy_train = (logits.argmax(1) == labels).float().mean()
         return {"loss": loss.detach(), "accuracy_train": accuracy_train}
+
+    def state(self) -> dict[str, Any]:
+        """As of every training, and the average."""
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return super().state() | average
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        super().restore(state)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
     def _attack(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Without dropout: the examples are to be those of the network that will be attacked.

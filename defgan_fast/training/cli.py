@@ -169,6 +169,9 @@ def add_parser(subparsers: Any) -> None:
     )
     classifier.add_argument("--adversarial", type=float, help="train on FGSM examples of this epsilon, too")
     classifier.add_argument(
+        "--ema", type=float, help="decay of averaged weights, which are then saved (default: 0, none)"
+    )
+    classifier.add_argument(
         "--on",
         choices=SOURCES,
         help="train on images (Defense-GAN-Orig), their reconstructions (-Rec), or both (default: images)",
@@ -399,7 +402,7 @@ def run_classifier(args: argparse.Namespace) -> int:
     )
     steps = settings.steps(len(dataset.images))
     validation = data.load(args.dataset, args.root, "validation")
-    selection = ClassifierSelection(lambda: trainer.model, validation, device)
+    selection = ClassifierSelection(lambda: trainer.result, validation, device)
     loop.run(
         trainer,
         steps,
@@ -415,7 +418,7 @@ def run_classifier(args: argparse.Namespace) -> int:
         kept = {"step": trainer.step, **selection.measure()}
     card = _card("classifier", args.dataset, settings, data_hash, device, *more, "--keep", args.keep)
     card |= {"steps": kept["step"], "quality": {"accuracy_validation": kept["accuracy_validation"]}}
-    weights.save(trainer.model.cpu(), out / CLASSIFIER_FILE, card)
+    weights.save(trainer.result.cpu(), out / CLASSIFIER_FILE, card)
     print(
         f"{trainer.step} steps; accuracy on validation images {kept['accuracy_validation']:.4f} at step "
         f"{kept['step']}; that classifier in {out / CLASSIFIER_FILE}"

@@ -43,6 +43,12 @@ def add_parser(jobs: Any) -> None:
         default=KEEP[0],
         help=f"epoch of each, as in train classifier (default: {KEEP[0]})",
     )
+    parser.add_argument(
+        "--ema",
+        type=float,
+        default=0.0,
+        help="decay of averaged weights, as in train classifier; rows of their own (default: 0, none)",
+    )
     parser.add_argument("--work", type=Path, default=Path("out") / "train", help="default: out/train")
     parser.add_argument("--json", type=Path, default=Path("classifiers.json"), help="results, extended")
     parser.add_argument("--markdown", type=Path, help="file whose table is written anew")
@@ -62,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     cli.add_parser(parser.add_subparsers())
     for arch in args.arch:
         for name in args.dataset:
-            row = row_of(arch, args.variant)
+            row = row_of(arch, args.variant, args.ema > 0)
             out = args.work / f"classifier-{name}-{row}"
             words = ["train", "classifier", "--dataset", name, "--arch", arch, "--variant", args.variant]
-            words += ["--keep", args.keep, "--out", str(out), "--resume"]
+            words += ["--keep", args.keep, "--ema", str(args.ema), "--out", str(out), "--resume"]
             words += ["--threads", str(args.threads)] if args.threads else []
             words += ["--root", args.root] if args.root else []
             cli.run_classifier(parser.parse_args(words))
@@ -81,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def row_of(arch: str, variant: str) -> str:
-    """Name of a classifier's row: the table's letter, or one such as A-released."""
-    return arch if variant == "paper" else f"{arch}-{variant}"
+def row_of(arch: str, variant: str, averaged: bool) -> str:
+    """Name of a classifier's row: the table's letter, or one such as A-released or A-averaged."""
+    return "-".join([arch] + [variant] * (variant != "paper") + ["averaged"] * averaged)
 
 
 def entry(file: Path, test: data.Dataset) -> dict[str, Any]:
@@ -102,8 +108,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     names = [name for name in PAPER if name in results]
     lines = ["| | " + " | ".join(f"{name} | paper | difference" for name in names) + " |"]
     lines.append("|---" * (1 + 3 * len(names)) + "|")
-    for arch, variant in itertools.product(ARCHITECTURES, VARIANTS):
-        row = row_of(arch, variant)
+    for arch, variant, averaged in itertools.product(ARCHITECTURES, VARIANTS, (False, True)):
+        row = row_of(arch, variant, averaged)
         if not any(row in results[name] for name in names):
             continue
         cells = [row]

@@ -13,7 +13,6 @@ torch.compile. What makes a batch larger: accumulation over parts, and several p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 
 from defgan_fast import data, models
-from defgan_fast.training import distributed
+from defgan_fast.training import averaging, distributed
 from defgan_fast.training.augment import random_affine
 from defgan_fast.training.batches import Batches
 from defgan_fast.training.critic_gradients import critic_gradients
@@ -69,8 +68,7 @@ class GanSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ValueError(f"lr must be above 0, got {self.lr}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        averaging.check_decay(self.ema)
         if not 0 <= self.latent_floor <= 1:
             raise ValueError(f"latent_floor must lie in [0, 1], got {self.latent_floor}")
         if self.augment < 0:
@@ -128,7 +126,7 @@ class WganGp:
             critic = models.Critic(settings.critic_width, shape)
         self.generator = models.to_channels_last(generator, self.device)
         self.critic = models.to_channels_last(critic, self.device)
-        self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
+        self.average = averaging.copy_of(self.generator)
         adam: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
         self.generator_optimiser = torch.optim.Adam(self.generator.parameters(), **adam)
         self.critic_optimiser = torch.optim.Adam(self.critic.parameters(), **adam)
@@ -158,7 +156,7 @@ class WganGp:
         for _ in range(options.critic_steps):
             distance, penalty = self._critic_step()
         loss = self._generator_step()
-        self._average_step()
+        averaging.update(self.average, self.generator, options.ema, self.step)
         self.step += 1
         return {"critic_distance": distance, "penalty": penalty, "generator_loss": loss}
 
@@ -227,15 +225,6 @@ class WganGp:
     def _mark_step(self) -> None:
         if self._compiled and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-
-    @torch.no_grad()
-    def _average_step(self) -> None:
-        # A short memory at first, so that the untrained weights are forgotten.
-        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        for average, current in zip(self.average.parameters(), self.generator.parameters(), strict=True):
-            average.lerp_(current, 1 - decay)
-        for kept, buffer in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-            kept.copy_(buffer)
 
     @torch.no_grad()
     def samples(self, count: int = 64) -> torch.Tensor:

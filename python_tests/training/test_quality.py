@@ -171,12 +171,13 @@ def test_table_of_classifiers(tmp_path):
     expected = (classifier(test.images).argmax(1) == test.labels).double().mean().item()
     assert entry["accuracy_test"] == pytest.approx(expected, abs=1e-6)
     results = {
-        "mnist": {"A": {"accuracy_test": 0.99}, "E": entry},
+        "mnist": {"A": {"accuracy_test": 0.99}, "A-averaged": {"accuracy_test": 0.995}, "E": entry},
         "fashion_mnist": {"A": {"accuracy_test": 0.94}, "B-released": {"accuracy_test": 0.75}},
     }
     text = table5.table(results)
     assert "| A | 0.9900 | 0.997 | -0.7 points | 0.9400 | 0.934 | +0.6 points |" in text
     assert "| B-released |  | 0.962 |  | 0.7500 | 0.747 | +0.3 points |" in text
+    assert "| A-averaged | 0.9950 | 0.997 | -0.2 points |  | 0.934 |  |" in text
     assert "| B |" not in text
     assert f"| E | {expected:.4f} |  |  |  |  |  |" in text
     document = f"before\n{table5.BEGIN}\nold\n{table5.END}\nafter\n"

@@ -4,12 +4,13 @@ import csv
 import warnings
 
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
 from defgan_fast import cli, data, weights
 from defgan_fast.training import cli as training
-from defgan_fast.training import quality
+from defgan_fast.training import loop, quality
 from defgan_fast.training.classifier import accuracy
 
 
@@ -73,6 +74,22 @@ def test_the_best_epoch_or_the_last(tmp_path):
     assert found["last"] == epochs[-1]
     assert found["best"] == max(epochs, key=lambda epoch: epoch[1])  # the first of equals
     assert found["best"] != found["last"]
+
+
+def test_the_average_is_saved(tmp_path):
+    """Of the same run: the last weights are those of a run without it, and the saved ones are measured."""
+    words = ["train", "classifier", "--dataset", "digits", "--arch", "E", "--epochs", "3", "--out"]
+    assert cli.main([*words, str(tmp_path / "plain")]) == 0
+    assert cli.main([*words, str(tmp_path / "averaged"), "--ema", "0.9"]) == 0
+    checkpoints = [loop.load_checkpoint(tmp_path / name / loop.CHECKPOINT) for name in ("plain", "averaged")]
+    plain, averaged = (checkpoint["trainer"] for checkpoint in checkpoints)
+    assert all(torch.equal(plain["model"][name], averaged["model"][name]) for name in plain["model"])
+    file = tmp_path / "averaged" / "classifier.safetensors"
+    saved, card = weights.load_classifier(file), weights.read_card(file)
+    assert all(torch.equal(averaged["average"][name], saved.state_dict()[name]) for name in plain["model"])
+    assert "--ema 0.9" in card["command"]
+    images, labels = data.load("digits", split="validation")
+    assert card["quality"]["accuracy_validation"] == pytest.approx(accuracy(saved, images, labels))
 
 
 def test_train_gan_may_end_early(tmp_path):

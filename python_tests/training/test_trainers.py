@@ -86,6 +86,30 @@ def test_average_follows_the_generator():
         assert torch.allclose(average, decay * old + (1 - decay) * new, atol=1e-6)
 
 
+def test_average_follows_the_classifier():
+    """Over four steps, written out; and it goes on where a checkpoint left it."""
+    train = data.load("digits", split="validation")
+    settings = ClassifierSettings(arch="E", batch=32, ema=0.2)
+    trainer = ClassifierTrainer(settings, train.images, train.labels, "hash")
+    expected = [p.clone() for p in trainer.model.parameters()]
+    for decay in (1 / 10, 2 / 11, 0.2, 0.2):
+        trainer.advance()
+        expected = [
+            decay * old + (1 - decay) * new
+            for old, new in zip(expected, trainer.model.parameters(), strict=True)
+        ]
+        resumed = ClassifierTrainer(settings, train.images, train.labels, "hash")
+        resumed.restore(trainer.state())
+        resumed.step = trainer.step
+        trainer = resumed
+    for average, mine, last in zip(
+        trainer.result.parameters(), expected, trainer.model.parameters(), strict=True
+    ):
+        assert torch.allclose(average, mine, atol=1e-6)
+        assert not torch.allclose(last, mine, atol=1e-4)
+    assert not trainer.result.training
+
+
 def test_linear_schedule_ends_at_zero():
     trainer = gan(lr=1e-3, lr_schedule="linear", steps=4, critic_steps=1)
     rates = []
@@ -304,6 +328,7 @@ def test_augmentation():
         (lambda: GanSettings(steps=0), r"steps must be at least 1, got 0"),
         (lambda: GanSettings(lr=0.0), r"lr must be above 0, got 0.0"),
         (lambda: GanSettings(ema=1.0), r"ema must lie in \[0, 1\), got 1.0"),
+        (lambda: ClassifierSettings(ema=-0.1), r"ema must lie in \[0, 1\), got -0.1"),
         (
             lambda: GanSettings(lr_schedule="cosine"),
             r"lr_schedule must be constant, linear or hold, got 'cosine'",
