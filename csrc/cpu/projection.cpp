@@ -448,9 +448,10 @@ class Block {
     args.slope = finish.slope;
     const int64_t places = int64_t(g.order.size());
     // A weight that is loaded once serves all accumulators of a tile, which fill the registers: many rows of one panel, few
-    // rows of two positions, or few rows of several panels. But a group of panels at a place is one thread's, so there
-    // must be one for each.
-    const bool twins = g.paired && 2 * rows <= table.max_rows[1] && rows != kWideRows;
+    // rows of two positions, or, where there are such kernels, few rows of several panels. But a group of panels at a place
+    // is one thread's, so there must be one for each.
+    const bool wide = rows <= table.max_rows[2] && (!g.paired || rows == kWideRows);
+    const bool twins = table.twins && 2 * rows <= table.max_rows[1] && !wide;
     const int tile_rows = twins ? 2 * rows : rows;
     int widest = 1;
     for (int group = 2; group < kGroups; ++group) {
