@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <set>
 
 namespace defgan::cpu {
@@ -173,25 +174,24 @@ void drop_tap_schedule(Gemm& g) {
 
 int tap_count(const Gemm& g, int position) { return g.tap_begin[size_t(position) + 1] - g.tap_begin[size_t(position)]; }
 
-// Positions of the same matrices have the same bias: it differs between positions in a Linear layer only, where each has
-// matrices of its own.
-bool same_matrices(const Gemm& g, int a, int b) {
-  const auto first = g.taps.begin() + g.tap_begin[size_t(a)], other = g.taps.begin() + g.tap_begin[size_t(b)];
-  return tap_count(g, a) == tap_count(g, b) &&
-         std::equal(first, first + tap_count(g, a), other,
-                    [](const Tap& x, const Tap& y) { return x.matrix == y.matrix; });
-}
-
 // The positions of a phase in their order, or, where kernels take two at once, pairs of those with the same matrices.
+// These have the same bias, too: it differs between positions in a Linear layer only, where each has its own matrices.
 std::vector<Place> places_of(const Gemm& g, const std::vector<int>& positions) {
   std::vector<Place> places;
+  std::map<std::vector<int>, size_t> single;  // by matrices: the place that has no twin yet
   for (const int p : positions) {
-    const auto partner = [&](const Place& place) { return place.twin < 0 && same_matrices(g, place.position, p); };
-    const auto found = g.table->twins ? std::find_if(places.begin(), places.end(), partner) : places.end();
-    if (found != places.end())
-      found->twin = p;
-    else
-      places.push_back({p, -1, 0, 0});
+    if (g.table->twins) {
+      std::vector<int> matrices;
+      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t)
+        matrices.push_back(g.taps[size_t(t)].matrix);
+      const auto [found, added] = single.emplace(std::move(matrices), places.size());
+      if (!added) {
+        places[found->second].twin = p;
+        single.erase(found);
+        continue;
+      }
+    }
+    places.push_back({p, -1, 0, 0});
   }
   return places;
 }
