@@ -117,9 +117,6 @@ def card(found: Findings) -> None:
         torch.__version__,
         torch.version.cuda,
     )
-    found["commit"] = (
-        output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]) or None
-    )
     lines = output_of(["nvcc", "--version"]).splitlines()
     found["nvcc"] = lines[-1] if lines else None
     found["tools"] = {tool: shutil.which(tool) for tool in ("compute-sanitizer", "ncu")}
@@ -801,6 +798,7 @@ def main(argv: list[str] | None = None) -> int:
         "--part", choices=[part.name for part in PARTS], action="append", help="only this one"
     )
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "gpu.json")
+    parser.add_argument("--commit", help="of the tree, where it is a copy without .git")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all parts, default {MINUTES:g}")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -812,7 +810,12 @@ def main(argv: list[str] | None = None) -> int:
     # What has to be fast on a GPU may take its time where the kernels are executed on the CPU.
     slack = 1 if gpu_here() else 4
     end = time.monotonic() + 60 * args.minutes * slack
-    result: dict[str, Any] = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "parts": {}}
+    described = output_of(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"])
+    result: dict[str, Any] = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": args.commit or described or None,
+        "parts": {},
+    }
     for part in PARTS:
         if args.part and part.name not in args.part:
             continue
