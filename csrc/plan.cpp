@@ -1,6 +1,9 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <locale>
 #include <map>
 #include <sstream>
 #include <stdexcept>
@@ -37,11 +40,19 @@ std::vector<int> parse_ints(size_t layer, const std::string& text, char separato
   return values;
 }
 
+// std::strtod and std::stod depend on the global locale. A stream with the classic one does not, but where a second copy
+// of the C++ library was loaded (PyTorch 2.11 with CUDA 13) imbuing it crashed: only where there is nothing else.
 double parse_double(size_t layer, const std::string& text) {
+  double value = 0;
+#ifdef __cpp_lib_to_chars
+  const auto [end, status] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const bool whole = status == std::errc() && end == text.data() + text.size();
+#else
   std::istringstream stream(text);
   stream.imbue(std::locale::classic());
-  double value = 0;
-  if (!(stream >> value) || !stream.eof()) fail(layer, "expected a number, got '" + text + "'");
+  const bool whole = stream >> value && stream.eof();
+#endif
+  if (!whole || !std::isfinite(value)) fail(layer, "expected a number, got '" + text + "'");
   return value;
 }
 

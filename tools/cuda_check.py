@@ -5,7 +5,7 @@ For each source and architecture: nvcc to PTX, whose directives tell a kernel's 
 report has registers, spills, stack and shared memory. A kernel fails for registers that its launch bounds cannot
 have, for spills or stack beyond a stated allowance, for static shared memory beyond what a block gets without asking
 for more, and for any warning of either tool, those about serialised tensor-core instructions (C7510 to C7519) by
-name. Prints a table, writes JSON. Nothing but the standard library, so it runs before anything is installed.
+name, and for a path that the compiler has cut off as impossible. Prints a table, writes JSON. Nothing but the standard library, so it runs before anything is installed.
 
     python3 tools/cuda_check.py [--arch 90 ...] [--jobs N] [--json FILE] [FILE.cu ...]
 """
@@ -99,6 +99,23 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int | None, int]]:
     return found
 
 
+def dead_ends(ptx: str) -> list[str]:
+    """The functions of a PTX text with a path that neither returns nor jumps, because the compiler thinks it impossible.
+
+    What a program does where it has no defined behaviour is cut off like this, and what nvcc mistakes for it.
+    """
+    found = []
+    for function in re.finditer(r"^(?:\.visible |\.weak )*\.(?:entry|func)\b[^;{]*?([\w$]+)\s*\(", ptx, re.MULTILINE):
+        body = ptx[function.end() : ptx.find("\n}", function.end())]
+        if "{" not in body or ";" in body[: body.index("{")]:
+            continue  # a declaration
+        lines = [line.strip() for line in body.splitlines()]
+        code = [line for line in lines if line and not line.startswith(("//", ".loc", ".pragma"))]
+        if not code or not re.match(r"(ret|exit|trap|bra|brx)\b", code[-1]):
+            found.append(function[1])
+    return found
+
+
 def parse_ptxas(report: str, source: str, architecture: int) -> list[Function]:
     """The functions in what `ptxas -v` prints."""
     functions: dict[str, Function] = {}
@@ -186,7 +203,9 @@ def check_unit(
     if status != 0:
         failures.append(f"nvcc failed with status {status}")
     else:
-        bounds = launch_bounds(ptx.read_text())
+        text = ptx.read_text()
+        bounds = launch_bounds(text)
+        failures += [f"a path of {name} ends nowhere: it was taken for impossible" for name in dead_ends(text)]
         status, said = run(
             [ptxas, "-v", "-O3", "-lineinfo", f"-arch=sm_{architecture}", "-o", str(cubin), str(ptx)]
         )

@@ -2,11 +2,12 @@
 // For the paper's generator (Linear, three 5x5 transposed convolutions of stride 2 over 4x4 -> 7x7 -> 14x14 -> 28x28,
 // ReLU, sigmoid), whose geometry is known when this is compiled.
 //
-//   registers      latent and velocity, float32, as the last product's C fragments; every product's sums
+//   registers      every product's sums
 //   shared memory  hidden     layer 0's output, later one phase of layer 2's output (a "plane": 49 positions whose
 //                             coordinates have the same parities), later layer 0's gradient
 //                  middle     layer 1's output, then its gradient
 //                  masks      which of layers 0 and 2 were positive: all that the way back needs of them
+//                  latents    and velocities, float32, as the last product's C fragments
 //                  image      float32 sums of each pixel, then its gradient in 16 bits, in the same 32-byte slots
 //   L2             weights, streamed once a step by each block, a fragment ahead of its use
 //
@@ -24,13 +25,14 @@ struct FusedTap {
   int matrix, dy, dx;
 };
 
-// sum[column][tile] += W[tap] * source for every tap whose source exists. Weights come as a stream, one chunk of 32 source
-// channels ahead, through the ends of taps.
+// sum[column][tile] += W[tap] * source for every tap. source_at(tap, column): offset of the source in shared memory, of
+// zeros where there is none: without a branch a column's operand is on its way while other columns' products are
+// computed. Weights come as a stream, one chunk of 32 source channels ahead, through the ends of taps.
 template <class S, int kColumns, int kTiles, int kChunks, class TapAt, class SourceAt>
 DEFGAN_DEVICE void convolve(float (&sum)[kColumns][kTiles][4], int taps, const TapAt& tap_at, const SourceAt& source_at,
-                            const char* weights, int row_tiles, int first_tile, const char* shared, int stride,
-                            int lane) {
+                            const char* weights, int row_tiles, int first_tile, int lane) {
   constexpr int kColumnTiles = kChunks * 2;
+  constexpr int kBatch = 4;  // columns whose products take turns, so that no sum waits for itself
   const auto matrix = [&](int t) {
     return reinterpret_cast<const Vec4*>(weights) +
            (tap_at(t).matrix * row_tiles + first_tile) * kColumnTiles * kLanes + lane;
@@ -49,18 +51,24 @@ DEFGAN_DEVICE void convolve(float (&sum)[kColumns][kTiles][4], int taps, const T
     const Vec4* following = t + 1 < taps ? matrix(t + 1) : here;
     const FusedTap tap = tap_at(t);
     int source[kColumns];
-    static_for<kColumns>([&](auto i) { source[i] = source_at(tap, i); });
+    static_for<kColumns>([&](auto i) { source[i] = source_at(tap, i) + lane * 16; });
     DEFGAN_NO_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       Vec4 a[kTiles][2];
       static_for<kTiles>([&](auto m) { a[m][0] = next[m][0], a[m][1] = next[m][1]; });
       load(chunk + 1 < kChunks ? here + (chunk + 1) * 2 * kLanes : following);
-      const char* const chunk_at = shared + chunk * Storage<S>::kBlockBytes + lane * 16;
-      static_for<kColumns>([&](auto i) {
-        if (source[i] == kNone) return;
-        const Vec4 b = load_shared(reinterpret_cast<const Vec4*>(chunk_at + source[i] * stride));
-        static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[i][m], a[m][0], b.x, b.y); });
-        static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[i][m], a[m][1], b.z, b.w); });
+      const char* const chunk_at = shared_memory() + chunk * Storage<S>::kBlockBytes;
+      static_for<(kColumns + kBatch - 1) / kBatch>([&](auto batch) {
+        constexpr int kFirst = batch * kBatch, kCount = kColumns - kFirst < kBatch ? kColumns - kFirst : kBatch;
+        Vec4 b[kCount];
+        static_for<kCount>(
+            [&](auto i) { b[i] = load_shared(reinterpret_cast<const Vec4*>(chunk_at + source[kFirst + i])); });
+        static_for<kCount>([&](auto i) {
+          static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[kFirst + i][m], a[m][0], b[i].x, b[i].y); });
+        });
+        static_for<kCount>([&](auto i) {
+          static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[kFirst + i][m], a[m][1], b[i].z, b[i].w); });
+        });
       });
     }
     here = following;
@@ -93,17 +101,31 @@ struct Fused {
   static constexpr int kPlaneGroups = 4;  // warps share a plane's positions four ways, its channels two ways
   static constexpr int kPlaneColumns = (G::kPlane + kPlaneGroups - 1) / kPlaneGroups;
 
-  const FusedParams& p;
-  char* const shared;
+  // A copy, and nothing of this object is handed to functions that are not inlined: they make their own from the
+  // parameters. So all of it stays in registers and the constant bank instead of being read again from memory after
+  // every store.
+  const FusedParams& params;
+  const FusedParams p;
   const int warp, lane;
 
-  DEFGAN_DEVICE explicit Fused(const FusedParams& params)
-      : p(params), shared(shared_memory()), warp(thread_index() / kLanes), lane(thread_index() % kLanes) {}
+  DEFGAN_DEVICE explicit Fused(const FusedParams& given)
+      : params(given), p(given), warp(thread_index() / kLanes), lane(thread_index() % kLanes) {}
+
+  // Not a member: the compiler must see where the pointer comes from, to use the instructions for shared memory in
+  // functions that are not inlined. (Told so by an assumption about a member, it took correct paths for impossible.)
+  DEFGAN_DEVICE static char* shared(int offset) { return shared_memory() + offset; }
+
+  // Calls a member in a function of its own: inlined into the loop over steps, what each of them can compute beforehand
+  // would be computed there, and occupy registers that the sums need.
+  template <auto kMember, class... Arguments>
+  DEFGAN_DEVICE_NOINLINE static void apart(const FusedParams& params, Arguments... arguments) {
+    (Fused(params).*kMember)(arguments...);
+  }
 
   // Rows of the tile's C fragment that this lane has: channel, and channel + 8; columns row() and row() + 1.
   DEFGAN_DEVICE int channel_of(int tile) const { return tile * 16 + lane / 4; }
   DEFGAN_DEVICE Vec2* piece(int region, int block, int tile) const {
-    return reinterpret_cast<Vec2*>(shared + region + block + tile / 2 * G::kBlock + lane * 16 + tile % 2 * 8);
+    return reinterpret_cast<Vec2*>(shared(region + block + tile / 2 * G::kBlock + lane * 16 + tile % 2 * 8));
   }
 
   // relu(sums + bias), stored as the B fragment that the next product reads.
@@ -119,7 +141,7 @@ struct Fused {
   DEFGAN_DEVICE void linear() const {
     Vec4 z[G::kLatentChunks];
     static_for<G::kLatentChunks>([&](auto k) {
-      z[k] = load_shared(reinterpret_cast<const Vec4*>(shared + G::kLatentBlocks + k * G::kBlock) + lane);
+      z[k] = load_shared(reinterpret_cast<const Vec4*>(shared(G::kLatentBlocks + k * G::kBlock)) + lane);
     });
     constexpr int kPerWarp = G::kH0 * G::kH0 * kTiles0 / kWarps;
     const Vec4* fragment = reinterpret_cast<const Vec4*>(p.linear) + warp * kPerWarp * kLatentTiles * kLanes + lane;
@@ -144,8 +166,8 @@ struct Fused {
   DEFGAN_DEVICE void remember_hidden() const {
     constexpr int kPairs = G::kChunks0 / 2;
     for (int i = thread_index(); i < G::kH0 * G::kH0 * kPairs * kLanes; i += kFusedThreads) {
-      const Vec4* at = reinterpret_cast<const Vec4*>(shared + G::kHidden + i / kLanes * 2 * G::kBlock) + lane;
-      store_shared(reinterpret_cast<uint16_t*>(shared + G::kMask0) + i,
+      const Vec4* at = reinterpret_cast<const Vec4*>(shared(G::kHidden + i / kLanes * 2 * G::kBlock)) + lane;
+      store_shared(reinterpret_cast<uint16_t*>(shared(G::kMask0)) + i,
                    uint16_t(mask_bits(load_shared(at)) | mask_bits(load_shared(at + kLanes)) << 8));
     }
   }
@@ -167,16 +189,24 @@ struct Fused {
   DEFGAN_DEVICE static int position_in(int y, int x, int extent) {
     return y >= 0 && y < extent && x >= 0 && x < extent ? y * extent + x : kNone;
   }
+  // Where the source at (y, x) of a region lies, positions `stride` bytes apart; of the zeros beyond the region's borders.
+  template <int kExtent>
+  DEFGAN_DEVICE static int source_in(int region, int y, int x, int stride) {
+    const int position = position_in(y, x, kExtent);
+    return position == kNone ? G::kZero : region + position * stride;
+  }
 
   template <int kPy, int kPx>
-  DEFGAN_DEVICE_NOINLINE void first_phase(int quarter) const {
+  DEFGAN_DEVICE void first_phase(int quarter) const {
     constexpr int kHigh = (G::kH1 - kPy + 1) / 2, kWide = (G::kH1 - kPx + 1) / 2, kColumns = kHigh * kWide;
     constexpr int kTiles = kTiles1 / 4;
     float sum[kColumns][kTiles][4] = {};
     convolve<S, kColumns, kTiles, G::kChunks0>(
         sum, tap_count(kPy) * tap_count(kPx), [](int t) { return forward_tap(kPy, kPx, t); },
-        [](const FusedTap& tap, auto i) { return position_in(i / kWide + tap.dy, i % kWide + tap.dx, G::kH0); },
-        p.first, kTiles1, quarter * kTiles, shared + G::kHidden, kStride0, lane);
+        [](const FusedTap& tap, auto i) {
+          return source_in<G::kH0>(G::kHidden, i / kWide + tap.dy, i % kWide + tap.dx, kStride0);
+        },
+        p.first, kTiles1, quarter * kTiles, lane);
     static_for<kColumns>([&](auto i) {
       constexpr int kPosition = (2 * (i / kWide) + kPy) * G::kH1 + 2 * (i % kWide) + kPx;
       static_for<kTiles>(
@@ -188,25 +218,26 @@ struct Fused {
   DEFGAN_DEVICE void first() const {
     const int quarter = warp % 4;
     if (warp < 4) {
-      first_phase<0, 0>(quarter);
-      first_phase<1, 1>(quarter);
+      apart<&Fused::template first_phase<0, 0>>(params, quarter);
+      apart<&Fused::template first_phase<1, 1>>(params, quarter);
     } else {
-      first_phase<0, 1>(quarter);
-      first_phase<1, 0>(quarter);
+      apart<&Fused::template first_phase<0, 1>>(params, quarter);
+      apart<&Fused::template first_phase<1, 0>>(params, quarter);
     }
   }
 
   template <int kGroup>
-  DEFGAN_DEVICE_NOINLINE void plane_forward(int py, int px, int half) const {
+  DEFGAN_DEVICE void plane_forward(int py, int px, int half) const {
     constexpr int kTiles = kTiles2 / 2, kSide = G::kH2 / 2;
     float sum[kPlaneColumns][kTiles][4] = {};
     convolve<S, kPlaneColumns, kTiles, G::kChunks1>(
         sum, tap_count(py) * tap_count(px), [&](int t) { return forward_tap(py, px, t); },
         [](const FusedTap& tap, auto i) {
           constexpr int q = kGroup * kPlaneColumns + i;
-          return q < G::kPlane ? position_in(q / kSide + tap.dy, q % kSide + tap.dx, G::kH1) : kNone;
+          return q < G::kPlane ? source_in<G::kH1>(G::kMiddle, q / kSide + tap.dy, q % kSide + tap.dx, kStride1)
+                               : G::kZero;
         },
-        p.second, kTiles2, half * kTiles, shared + G::kMiddle, kStride1, lane);
+        p.second, kTiles2, half * kTiles, lane);
     static_for<kPlaneColumns>([&](auto i) {
       constexpr int q = kGroup * kPlaneColumns + i;
       if constexpr (q < G::kPlane)
@@ -228,7 +259,7 @@ struct Fused {
   }
 
   DEFGAN_DEVICE uint16_t* plane_mask(int py, int px, int q) const {
-    return reinterpret_cast<uint16_t*>(shared + G::kMask2) + ((py * 2 + px) * G::kPlane + q) * kLanes + lane;
+    return reinterpret_cast<uint16_t*>(shared(G::kMask2)) + ((py * 2 + px) * G::kPlane + q) * kLanes + lane;
   }
 
   // A position's channels times every tap: the sums replace the channels, whose mask is kept.
@@ -241,7 +272,7 @@ struct Fused {
     });
     DEFGAN_NO_UNROLL
     for (int q = warp; q < G::kPlane; q += kWarps) {
-      char* const at = shared + G::kHidden + q * G::kPlaneBytes;
+      char* const at = shared(G::kHidden + q * G::kPlaneBytes);
       float sum[2][4] = {};
       uint32_t mask = 0;
       static_for<G::kChunks2>([&](auto k) {
@@ -267,7 +298,7 @@ struct Fused {
       body(i / (kGroupRows / 2), i % (kGroupRows / 2));
   }
   DEFGAN_DEVICE Float2* image_sums(int pixel, int pair) const {
-    return reinterpret_cast<Float2*>(shared + G::kImage + pixel * G::kSlot) + pair;
+    return reinterpret_cast<Float2*>(shared(G::kImage + pixel * G::kSlot)) + pair;
   }
 
   DEFGAN_DEVICE void start_image() const {
@@ -290,7 +321,7 @@ struct Fused {
         for (int qx = (ox - 2 * px - G::kKernel + 1 + 3) >> 2; qx <= (ox - 2 * px) >> 2; ++qx) {
           const int kx = ox - 2 * (2 * qx + px);
           if (qx < 0 || qx >= kSide) continue;
-          const char* position = shared + G::kHidden + (qy * kSide + qx) * G::kPlaneBytes;
+          const char* position = shared(G::kHidden + (qy * kSide + qx) * G::kPlaneBytes);
           const Float2 part =
               load_shared(reinterpret_cast<const Float2*>(position) + (ky * G::kKernel + kx) * (kGroupRows / 2) + pair);
           sum.x = sum.x + part.x;
@@ -311,7 +342,7 @@ struct Fused {
       };
       const uint32_t word = pack2<S>(gradient(sum.x, 0), gradient(sum.y, 1));
       sync_warp();  // the pixel's other sums have been read
-      store_shared(reinterpret_cast<uint32_t*>(shared + G::kImage + pixel * G::kSlot) + pair, word);
+      store_shared(reinterpret_cast<uint32_t*>(shared(G::kImage + pixel * G::kSlot)) + pair, word);
     });
   }
 
@@ -332,7 +363,7 @@ struct Fused {
       const int oy = 2 * (2 * (q / kSide) + py) + ky - G::kPad, ox = 2 * (2 * (q % kSide) + px) + kx - G::kPad;
       const int pixel = lane < G::kTaps ? position_in(oy, ox, G::kH3) : kNone;
       uint32_t b[4];
-      load_matrix_transposed(b, shared + (pixel == kNone ? G::kZero : G::kImage + pixel * G::kSlot));
+      load_matrix_transposed(b, shared(pixel == kNone ? G::kZero : G::kImage + pixel * G::kSlot));
       const uint32_t mask = load_shared(plane_mask(py, px, q));
       static_for<kTiles2>([&](auto m) {
         float sum[4] = {};
@@ -350,7 +381,7 @@ struct Fused {
 
   // Layer 1's gradient, a half of its channels at a time: the sums of all of them would not fit the registers.
   template <int kGroup>
-  DEFGAN_DEVICE_NOINLINE void second_backward(int half, int channels) const {
+  DEFGAN_DEVICE void second_backward(int half, int channels) const {
     constexpr int kTiles = kTiles1 / 4, kSide = G::kH2 / 2;
     const int first_tile = (channels * 2 + half) * kTiles;
     float sum[kPlaneColumns][kTiles][4] = {};
@@ -363,9 +394,11 @@ struct Fused {
           sum, tap_count(py) * tap_count(px), [&](int t) { return backward_tap(py, px, t); },
           [](const FusedTap& tap, auto i) {
             constexpr int q = kGroup * kPlaneColumns + i;
-            return q < G::kPlane ? position_in(q / kSide + tap.dy, q % kSide + tap.dx, kSide) : kNone;
+            return q < G::kPlane
+                       ? source_in<kSide>(G::kHidden, q / kSide + tap.dy, q % kSide + tap.dx, G::kPlaneBytes)
+                       : G::kZero;
           },
-          p.second_back, kTiles1, first_tile, shared + G::kHidden, G::kPlaneBytes, lane);
+          p.second_back, kTiles1, first_tile, lane);
       sync_block();
     }
     static_for<kPlaneColumns>([&](auto i) {
@@ -382,7 +415,7 @@ struct Fused {
   }
 
   // Layer 0's gradient: all 16 positions, each warp its channels, the taps phase by phase of layer 1's positions.
-  DEFGAN_DEVICE_NOINLINE void first_backward() const {
+  DEFGAN_DEVICE void first_backward() const {
     constexpr int kTiles = kTiles0 / kWarps, kColumns = G::kH0 * G::kH0;
     float sum[kColumns][kTiles][4] = {};
     convolve<S, kColumns, kTiles, G::kChunks1>(
@@ -400,14 +433,14 @@ struct Fused {
           return FusedTap{ky * G::kKernel + kx, ky - G::kPad, kx - G::kPad};
         },
         [](const FusedTap& tap, auto i) {
-          return position_in(2 * (i / G::kH0) + tap.dy, 2 * (i % G::kH0) + tap.dx, G::kH1);
+          return source_in<G::kH1>(G::kMiddle, 2 * (i / G::kH0) + tap.dy, 2 * (i % G::kH0) + tap.dx, kStride1);
         },
-        p.first_back, kTiles0, warp * kTiles, shared + G::kMiddle, kStride1, lane);
+        p.first_back, kTiles0, warp * kTiles, lane);
     static_for<kColumns>([&](auto i) {
       static_for<kTiles>([&](auto m) {
         const int tile = warp * kTiles + m, chunk = i * G::kChunks0 + tile / 2;
         const uint32_t mask =
-            load_shared(reinterpret_cast<const uint16_t*>(shared + G::kMask0) + chunk / 2 * kLanes + lane);
+            load_shared(reinterpret_cast<const uint16_t*>(shared(G::kMask0)) + chunk / 2 * kLanes + lane);
         store_masked(G::kHidden, i * kStride0, tile, sum[i][m], mask >> (chunk % 2 * 8 + tile % 2 * 4));
       });
     });
@@ -432,7 +465,7 @@ struct Fused {
     for (int step = 0; step < kSteps; step += kDepth)
       static_for<kDepth>([&](auto slot) {
         const Vec4 b =
-            load_shared(reinterpret_cast<const Vec4*>(shared + G::kHidden + (step + slot) * G::kBlock) + lane);
+            load_shared(reinterpret_cast<const Vec4*>(shared(G::kHidden + (step + slot) * G::kBlock)) + lane);
         constexpr int kChain = slot % 2 * 2;
         multiply_accumulate<S>(sum[kChain], a[slot][0], b.x, b.y);
         multiply_accumulate<S>(sum[kChain + 1], a[slot][1], b.z, b.w);
@@ -443,22 +476,58 @@ struct Fused {
 
   // --- all steps ----------------------------------------------------------------------------------------
 
+  // Each of the first warps has a tile of 16 latent channels, and number i of a lane's four is channel + 8 (i / 2), row
+  // + i % 2. They are in shared memory, every lane's in a place of its own: in registers the functions above would have
+  // to save them.
+  DEFGAN_DEVICE Float4* own(int region) const { return reinterpret_cast<Float4*>(shared(region)) + thread_index(); }
+
+  // As the first product's operand.
+  DEFGAN_DEVICE void store_latents(const Float4& z) const {
+    store_shared(own(G::kLatents), z);
+    store_shared(piece(G::kLatentBlocks, 0, warp),
+                 Vec2{transpose_8x8(pack2<S>(z.x, z.y)), transpose_8x8(pack2<S>(z.z, z.w))});
+  }
+
+  DEFGAN_DEVICE void start_latents(int first_row) const {
+    float z[4];
+    static_for<4>([&](auto i) {
+      z[i] = starting_latent(p.call, first_row + lane % 4 * 2 + i % 2, channel_of(warp) + i / 2 * 8, G::kLatent);
+    });
+    store_latents(Float4{z[0], z[1], z[2], z[3]});
+    store_shared(own(G::kVelocities), Float4{0, 0, 0, 0});
+  }
+
+  DEFGAN_DEVICE void update_latents(int step) const {
+    float gradient[4];
+    linear_backward(gradient);
+    const float rate = load_constant(p.call.rates + step);
+    Float4 z = load_shared(own(G::kLatents)), velocity = load_shared(own(G::kVelocities));
+    momentum_step(z.x, velocity.x, gradient[0], p.gradient_scale, p.call.momentum, rate);
+    momentum_step(z.y, velocity.y, gradient[1], p.gradient_scale, p.call.momentum, rate);
+    momentum_step(z.z, velocity.z, gradient[2], p.gradient_scale, p.call.momentum, rate);
+    momentum_step(z.w, velocity.w, gradient[3], p.gradient_scale, p.call.momentum, rate);
+    store_shared(own(G::kVelocities), velocity);
+    store_latents(z);
+  }
+
+  DEFGAN_DEVICE void write_latents(int first_row) const {
+    const Float4 z = load_shared(own(G::kLatents));
+    const float latent[4] = {z.x, z.y, z.z, z.w};
+    static_for<4>([&](auto i) {
+      const int row = first_row + lane % 4 * 2 + i % 2;
+      if (row < p.call.rows)
+        store_global(p.call.latents + int64_t(row) * G::kLatent + channel_of(warp) + i / 2 * 8, latent[i]);
+    });
+  }
+
   DEFGAN_DEVICE void run() const {
     const int first_row = p.call.first_row + block_index() * kGroupRows;
-    // Number i of a lane's latents: channel + 8 (i / 2), row + i % 2.
-    const int channel = channel_of(warp), row = lane % 4 * 2;
     const bool has_latents = warp < kLatentTiles;
-    float latent[4] = {}, velocity[4] = {};
-    if (has_latents)
-      static_for<4>([&](auto i) {
-        latent[i] = starting_latent(p.call, first_row + row + i % 2, channel + i / 2 * 8, G::kLatent);
-      });
-    if (thread_index() < 4) store_shared(reinterpret_cast<uint32_t*>(shared + G::kZero) + thread_index(), 0u);
+    if (has_latents) start_latents(first_row);
+    for (int i = thread_index(); i < G::kZeroBytes / 16; i += kFusedThreads)
+      store_shared(reinterpret_cast<Vec4*>(shared(G::kZero)) + i, Vec4{0, 0, 0, 0});
 
     for (int step = 0; step < p.call.steps; ++step) {
-      if (has_latents)
-        store_shared(piece(G::kLatentBlocks, 0, warp), Vec2{transpose_8x8(pack2<S>(latent[0], latent[1])),
-                                                            transpose_8x8(pack2<S>(latent[2], latent[3]))});
       start_image();
       sync_block();
       linear();
@@ -469,7 +538,9 @@ struct Fused {
       DEFGAN_NO_UNROLL
       for (int phase = 0; phase < 4; ++phase) {
         const int py = phase / 2, px = phase % 2;
-        my_plane_part([&](auto group, int half) { plane_forward<group>(py, px, half); });
+        my_plane_part([&](auto group, int half) {
+          apart<&Fused::template plane_forward<group>>(params, py, px, half);
+        });
         sync_block();
         plane_columns(py, px);
         sync_block();
@@ -480,24 +551,15 @@ struct Fused {
       sync_block();
       DEFGAN_NO_UNROLL
       for (int channels = 0; channels < 2; ++channels)
-        my_plane_part([&](auto group, int half) { second_backward<group>(half, channels); });
-      sync_block();
-      first_backward();
-      sync_block();
-      if (has_latents) {
-        float gradient[4];
-        linear_backward(gradient);
-        const float rate = load_constant(p.call.rates + step);
-        static_for<4>([&](auto i) {
-          momentum_step(latent[i], velocity[i], gradient[i], p.gradient_scale, p.call.momentum, rate);
+        my_plane_part([&](auto group, int half) {
+          apart<&Fused::template second_backward<group>>(params, half, channels);
         });
-      }
+      sync_block();
+      apart<&Fused::first_backward>(params);
+      sync_block();
+      if (has_latents) update_latents(step);
     }
-    if (has_latents)
-      static_for<4>([&](auto i) {
-        const int r = first_row + row + i % 2;
-        if (r < p.call.rows) store_global(p.call.latents + int64_t(r) * G::kLatent + channel + i / 2 * 8, latent[i]);
-      });
+    if (has_latents) write_latents(first_row);
   }
 };
 

@@ -4,7 +4,10 @@
 //   sum[channel][position, row] = sum over taps of W[matrix of the tap][channel][:] * source[position of the tap][row][:]
 //
 // In 16 bits weights are A fragments and activations B fragments, both stored as lanes hold them (layout.h), so a load
-// is 16 bytes a lane and 512 contiguous bytes a warp. A ring of kDepth steps (32 source channels each) is in flight.
+// is 16 bytes a lane and 512 contiguous bytes a warp. A ring of kDepth steps (32 source channels each) is in flight, and
+// a step is loads, products and a few additions to pointers: with eight warps on a multiprocessor every instruction
+// counts. Activations are read through L1, since the warps of a block share positions; the team's barrier makes what
+// other multiprocessors wrote visible.
 // The order of summation is the tables': taps in order, channels ascending, one accumulator, or kChains of them taken in
 // turn by 16 channels and added pairwise at the end.
 #pragma once
@@ -15,8 +18,7 @@ namespace defgan::cuda {
 
 // A stage of products as one team sees it. Header and stage are in shared memory, where they cost no registers.
 struct Product {
-  const Header* header;
-  const Stage* stage;
+  int slot;  // of the stage in shared memory
   const int32_t* index;
   const PositionClass* classes;  // the stage's
   const char* weights;           // the stage's
@@ -26,28 +28,95 @@ struct Product {
   float momentum, rate;
 };
 
-// Where tile `tile` of a class begins. Columns are numbered position by position, groups innermost; neighbouring tiles
-// have the same weights, which L1 then serves to the warps of a block.
-template <int kColumns>
-struct Columns {
-  int position[kColumns];  // within its class; the class's number of positions stands for "no column"
-  int group[kColumns];
+DEFGAN_DEVICE TeamTables* team_tables() { return reinterpret_cast<TeamTables*>(shared_memory()); }
+DEFGAN_DEVICE const Header& header() { return view_shared(&team_tables()->header); }
+DEFGAN_DEVICE const Stage& stage_in(int slot) { return view_shared(&team_tables()->stages[slot].stage); }
+DEFGAN_DEVICE PositionClass class_of(const Product& p, int number) {
+  return number < kStagedClasses ? load_shared_table(&team_tables()->stages[p.slot].classes[number])
+                                 : load_table<PositionClass>(reinterpret_cast<const char*>(p.classes + number));
+}
 
-  DEFGAN_DEVICE Columns(const PositionClass& c, int group_count, int first) {
-    static_for<kColumns>([&](auto i) {
-      const int at = (first + i) / group_count;
-      position[i] = at < c.positions ? at : c.positions;
-      group[i] = (first + i) % group_count;
-    });
+// Column `number` of a class. Columns are numbered position by position, groups innermost; neighbouring tiles have the
+// same weights, which L1 then serves to the warps of a block.
+struct Column {
+  int position;  // within its class; the class's number of positions stands for "no column"
+  int group;
+
+  DEFGAN_DEVICE Column(const PositionClass& c, int group_count, int number) {
+    const int at = group_count == 1 ? number : number / group_count;
+    position = at < c.positions ? at : c.positions;
+    group = number - at * group_count;
   }
+};
+
+// The operands' way through memory: kUnits steps to a tap, taps in order; of the kColumns columns that a lane reads.
+// A step reads the weights at `weights` and the activations at source[i].
+template <int kColumns, int kWeightStep, int kSourceStep>
+struct Walk {
+  const char* weights;
+  const char* source[kColumns];
+
+  // `first`: of the matrix of number 0, what this lane reads first. `line`: the class's table of sources.
+  DEFGAN_DEVICE Walk(const Product& p, const PositionClass& c, const int (&column)[kColumns], int units,
+                     const char* first, int64_t matrix_bytes, int lane_bytes)
+      : first_(first),
+        matrix_bytes_(matrix_bytes),
+        matrices_(p.index + c.matrix),
+        line_(p.index + c.source),
+        positions_(c.positions),
+        taps_(c.taps),
+        units_(units) {
+    const int64_t group_bytes = header().group_bytes;
+    static_for<kColumns>([&](auto i) {
+      const Column at(c, p.group_count, column[i]);
+      place_[i] = at.position < c.positions ? at.position : 0;  // what is no column computes anything, and drops it
+      buffers_[i] = p.groups + (at.position < c.positions ? at.group : 0) * group_bytes + lane_bytes;
+    });
+    fetch();
+  }
+
+  // To the next step. Past the last one the last one comes again: cheaper than asking.
+  DEFGAN_DEVICE void advance() {
+    if (left_ > 0) {
+      --left_;
+      weights += kWeightStep;
+      static_for<kColumns>([&](auto i) { source[i] += kSourceStep; });
+    } else if (tap_ < taps_) {
+      ++tap_;
+      left_ = units_ - 1;
+      weights = first_ + next_matrix_ * matrix_bytes_;
+      static_for<kColumns>([&](auto i) { source[i] = buffers_[i] + int64_t(next_source_[i]) * kSourceUnit; });
+      fetch();
+    }
+  }
+
+ private:
+  // What the tap after the present one begins with, long before it is needed.
+  DEFGAN_DEVICE void fetch() {
+    if (tap_ >= taps_) return;
+    next_matrix_ = load_constant(matrices_ + tap_);
+    static_for<kColumns>([&](auto i) { next_source_[i] = load_constant(line_ + place_[i]); });
+    line_ += positions_;
+  }
+
+  const char* first_;
+  int64_t matrix_bytes_;
+  const int32_t* matrices_;
+  const int32_t* line_;
+  int positions_, taps_, units_;
+  int tap_ = 0, left_ = 0;
+  int place_[kColumns];
+  const char* buffers_[kColumns];
+  int32_t next_matrix_ = 0, next_source_[kColumns] = {};
 };
 
 // Sums of rows 16 tile + lane / 4 (c[0], c[1]) and 8 more (c[2], c[3]) for rows 2 (lane % 4) and one more of a group.
 template <class S>
 DEFGAN_DEVICE void finish_fragment(const Product& p, int tile, int position, int group, int lane, float c0, float c1,
                                    float c2, float c3) {
-  const Stage& s = *p.stage;
-  char* const buffers = p.groups + int64_t(group) * p.header->group_bytes;
+  const Stage& s = stage_in(p.slot);
+  const Header& h = header();
+  char* const buffers = p.groups + int64_t(group) * h.group_bytes;
   const int channel = tile * 16 + lane / 4, pair = lane % 4;
   if (s.epilogue == Epilogue::kSums) {
     Float2* sums = reinterpret_cast<Float2*>(buffers + s.destination) +
@@ -76,13 +145,13 @@ DEFGAN_DEVICE void finish_fragment(const Product& p, int tile, int position, int
   } else {
     static_for<2>([&](auto half) {
       const int k = channel + half * 8;
-      if (k < p.header->latent_size) {
+      if (k < h.latent_size) {
         const int64_t at = int64_t(k) * (kGroupRows / 2) + pair;
-        Float2* const latents = reinterpret_cast<Float2*>(buffers + p.header->latent) + at;
-        Float2* const velocities = reinterpret_cast<Float2*>(buffers + p.header->velocity) + at;
+        Float2* const latents = reinterpret_cast<Float2*>(buffers + h.latent) + at;
+        Float2* const velocities = reinterpret_cast<Float2*>(buffers + h.velocity) + at;
         Float2 z = load_global(latents), velocity = load_global(velocities);
-        momentum_step(z.x, velocity.x, v[2 * half], p.header->gradient_scale, p.momentum, p.rate);
-        momentum_step(z.y, velocity.y, v[2 * half + 1], p.header->gradient_scale, p.momentum, p.rate);
+        momentum_step(z.x, velocity.x, v[2 * half], h.gradient_scale, p.momentum, p.rate);
+        momentum_step(z.y, velocity.y, v[2 * half + 1], h.gradient_scale, p.momentum, p.rate);
         store_global(latents, z);
         store_global(velocities, velocity);
         v[2 * half] = z.x;
@@ -104,14 +173,15 @@ struct TensorTile {
   static constexpr int kChannels = kTiles * 16;
   static constexpr int kWidth = kColumns;
 
-  DEFGAN_DEVICE_NOINLINE static void run(const Product& p, int number, int block, int first, int lane) {
-    const PositionClass c = load_table<PositionClass>(reinterpret_cast<const char*>(p.classes + number));
+  DEFGAN_DEVICE_NOINLINE static void run(const Product& shared_product, int number, int block, int first, int lane) {
+    const Product p = shared_product;
+    const PositionClass c = class_of(p, number);
     float sum[kColumns][kTiles][kChainCount][4] = {};
     accumulate(p, c, block * kTiles, first, lane, sum);
-    const Columns<kColumns> columns(c, p.group_count, first);
     static_for<kColumns>([&](auto i) {
-      if (columns.position[i] >= c.positions) return;
-      const int position = load_constant(p.index + c.position + columns.position[i]);
+      const Column column(c, p.group_count, first + i);
+      if (column.position >= c.positions) return;
+      const int position = load_constant(p.index + c.position + column.position);
       static_for<kTiles>([&](auto m) {
         float total[4];
         static_for<4>([&](auto j) {
@@ -120,65 +190,32 @@ struct TensorTile {
           else
             total[j] = (sum[i][m][0][j] + sum[i][m][1][j]) + (sum[i][m][2][j] + sum[i][m][3][j]);
         });
-        finish_fragment<S>(p, block * kTiles + m, position, columns.group[i], lane, total[0], total[1], total[2],
-                           total[3]);
+        finish_fragment<S>(p, block * kTiles + m, position, column.group, lane, total[0], total[1], total[2], total[3]);
       });
     });
   }
 
   DEFGAN_DEVICE static void accumulate(const Product& p, const PositionClass& c, int first_tile, int first, int lane,
                                        float (&sum)[kColumns][kTiles][kChainCount][4]) {
-    constexpr uint32_t kBlockWords = Storage<S>::kBlockBytes / 16;
-    const int chunks = p.stage->source_chunks, row_tiles = p.stage->destination_chunks * 2;
-    const int steps = c.taps * chunks;
+    constexpr int kFragment = Storage<S>::kFragmentBytes, kBlock = Storage<S>::kBlockBytes;
+    const Stage& s = stage_in(p.slot);
+    const int chunks = s.source_chunks, steps = c.taps * chunks;
     if (steps == 0) return;  // positions that nothing reaches
-    const Vec4* const sources = reinterpret_cast<const Vec4*>(p.groups + p.stage->source) + lane;
-    const Vec4* const weights = reinterpret_cast<const Vec4*>(p.weights) + first_tile * chunks * 2 * kLanes + lane;
-    const int matrix_words = row_tiles * chunks * 2 * kLanes;
-    // Of each column its place in a line of the source table, and its group's buffers in words of 16 bytes (int32 holds
-    // those of all groups in flight).
-    int place[kColumns];
-    uint32_t buffers[kColumns];
-    uint32_t real = 0;  // a bit for each column that exists
-    {
-      const Columns<kColumns> columns(c, p.group_count, first);
-      static_for<kColumns>([&](auto i) {
-        real |= uint32_t(columns.position[i] < c.positions) << i;
-        place[i] = columns.position[i] < c.positions ? columns.position[i] : 0;
-        buffers[i] = uint32_t(columns.group[i]) * uint32_t(p.header->group_bytes / 16);
-      });
-    }
-
+    const int tile_bytes = chunks * 2 * kFragment;
+    int column[kColumns];
+    static_for<kColumns>([&](auto i) { column[i] = first + i; });
+    Walk<kColumns, 2 * kFragment, kBlock> walk(p, c, column, chunks, p.weights + first_tile * tile_bytes + lane * 16,
+                                               int64_t(s.destination_chunks) * 2 * tile_bytes, lane * 16);
     Vec4 a[kDepth][kTiles][2], b[kDepth][kColumns];
-    uint32_t valid[kDepth];
-    // The next step to load. Past the last one it is loaded again: cheaper than asking.
-    int tap = -1, chunk = chunks - 1;
-    const Vec4* matrix = weights;
-    uint32_t source[kColumns] = {};  // words
-    uint32_t sourced = 0;            // a bit for each column whose source exists; the others load something and drop it
     const auto load = [&](auto slot) {
-      if (chunk + 1 < chunks) {
-        ++chunk;
-      } else if (tap + 1 < c.taps) {
-        ++tap;
-        chunk = 0;
-        matrix = weights + int64_t(load_constant(p.index + c.matrix + tap)) * matrix_words;
-        const int32_t* const line = p.index + c.source + tap * c.positions;
-        sourced = real;
-        static_for<kColumns>([&](auto i) {
-          const int position = load_constant(line + place[i]);
-          if (position == kNone) sourced &= ~(1u << i);
-          source[i] = buffers[i] + uint32_t(position == kNone ? 0 : position) * uint32_t(chunks) * kBlockWords;
-        });
-      }
-      const Vec4* const fragments = matrix + chunk * 2 * kLanes;
+      walk.advance();
       static_for<kTiles>([&](auto m) {
-        a[slot][m][0] = load_constant(fragments + m * chunks * 2 * kLanes);
-        a[slot][m][1] = load_constant(fragments + m * chunks * 2 * kLanes + kLanes);
+        const Vec4* const fragments = reinterpret_cast<const Vec4*>(walk.weights + m * tile_bytes);
+        a[slot][m][0] = load_constant(fragments);
+        a[slot][m][1] = load_constant(fragments + kLanes);
       });
       static_for<kColumns>(
-          [&](auto i) { b[slot][i] = load_global(sources + (source[i] + uint32_t(chunk) * kBlockWords)); });
-      valid[slot] = sourced;
+          [&](auto i) { b[slot][i] = load_global(reinterpret_cast<const Vec4*>(walk.source[i])); });
     };
 
     static_for<kDepth>([&](auto slot) { load(slot); });
@@ -187,10 +224,12 @@ struct TensorTile {
       static_for<kDepth>([&](auto slot) {
         if (step + slot >= steps) return;
         constexpr int kFirst = kChainCount == 1 ? 0 : slot % 2 * 2, kSecond = kChainCount == 1 ? 0 : kFirst + 1;
+        // All columns' first halves, then the second ones: neighbouring products are of different sums.
         static_for<kColumns>([&](auto i) {
-          if (!(valid[slot] >> i & 1)) return;
           static_for<kTiles>(
               [&](auto m) { multiply_accumulate<S>(sum[i][m][kFirst], a[slot][m][0], b[slot][i].x, b[slot][i].y); });
+        });
+        static_for<kColumns>([&](auto i) {
           static_for<kTiles>(
               [&](auto m) { multiply_accumulate<S>(sum[i][m][kSecond], a[slot][m][1], b[slot][i].z, b[slot][i].w); });
         });
@@ -199,88 +238,126 @@ struct TensorTile {
   }
 };
 
-// Float32 on the ordinary units: a lane has one channel of every column. A weight is loaded once a lane, a source's 8
-// rows once a warp. One chain, fused multiply-adds.
-template <int kColumns>
-struct ScalarTile {
-  static constexpr int kChannels = kChunk;
-  static constexpr int kWidth = kColumns;
+// Float32 on the ordinary units, fused multiply-adds, one chain. What the two tiles below share: a lane's sums of
+// kLaneChannels channels by the 8 rows of one column.
+template <int kLaneChannels>
+struct ScalarSums {
+  float sum[kLaneChannels][kGroupRows] = {};
 
-  DEFGAN_DEVICE_NOINLINE static void run(const Product& p, int number, int block, int first, int lane) {
-    const Stage& s = *p.stage;
-    const PositionClass c = load_table<PositionClass>(reinterpret_cast<const char*>(p.classes + number));
-    const Columns<kColumns> columns(c, p.group_count, first);
-    float sum[kColumns][kGroupRows] = {};
-    for (int tap = 0; tap < c.taps; ++tap) {
-      const int64_t m = load_constant(p.index + c.matrix + tap);
-      const float* matrix = reinterpret_cast<const float*>(p.weights) +
-                            (m * s.destination_chunks + block) * s.source_chunks * kChunk * kChunk + lane;
-      const Float4* source[kColumns];
-      static_for<kColumns>([&](auto i) {
-        source[i] = nullptr;
-        if (columns.position[i] >= c.positions) return;
-        const int position = load_constant(p.index + c.source + tap * c.positions + columns.position[i]);
-        if (position == kNone) return;
-        source[i] =
-            reinterpret_cast<const Float4*>(p.groups + int64_t(columns.group[i]) * p.header->group_bytes + s.source +
-                                            int64_t(position) * s.source_chunks * Storage<float>::kBlockBytes);
-      });
-      for (int k = 0; k < s.source_channels; ++k) {
-        const float w = load_constant(matrix + k * kChunk);
-        static_for<kColumns>([&](auto i) {
-          if (source[i] == nullptr) return;
-          const Float4 low = load_global(source[i] + k * 2), high = load_global(source[i] + k * 2 + 1);
-          const float x[kGroupRows] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-          static_for<kGroupRows>([&](auto j) { sum[i][j] = fused_multiply_add(w, x[j], sum[i][j]); });
-        });
-      }
-    }
-    static_for<kColumns>([&](auto i) {
-      if (columns.position[i] >= c.positions) return;
-      const int position = load_constant(p.index + c.position + columns.position[i]);
-      finish(p, block, position, columns.group[i], lane, sum[i]);
+  // One source channel: its weights and its 8 rows.
+  DEFGAN_DEVICE void add(const float (&w)[kLaneChannels], const Float4& low, const Float4& high) {
+    const float x[kGroupRows] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    static_for<kLaneChannels>([&](auto n) {
+      static_for<kGroupRows>([&](auto j) { sum[n][j] = fused_multiply_add(w[n], x[j], sum[n][j]); });
     });
   }
 
-  DEFGAN_DEVICE static void finish(const Product& p, int block, int position, int group, int lane,
-                                   const float (&sum)[kGroupRows]) {
-    const Stage& s = *p.stage;
-    char* const buffers = p.groups + int64_t(group) * p.header->group_bytes;
-    char* const at =
-        buffers + s.destination + (int64_t(position) * s.destination_chunks + block) * Storage<float>::kBlockBytes;
-    const int channel = block * kChunk + lane;
-    float v[kGroupRows];
-    static_for<kGroupRows>([&](auto j) { v[j] = sum[j]; });
-    if (s.epilogue == Epilogue::kActivate) {
-      const float bias = load_constant(p.vectors + s.bias + int64_t(position) * s.bias_stride + channel);
-      static_for<kGroupRows>([&](auto j) { v[j] = activate(s.activation, s.slope, v[j] + bias); });
-    } else if (s.epilogue == Epilogue::kGradient) {
-      float y[kGroupRows];
-      Storage<float>::load(at, lane, y);
-      static_for<kGroupRows>([&](auto j) { v[j] = differentiate(s.activation, s.slope, y[j], v[j]); });
-    } else if (s.epilogue == Epilogue::kUpdate) {
-      update_line(p, buffers, channel, v);
-    }
-    Storage<float>::store(at, lane, v);
+  DEFGAN_DEVICE void finish(const Product& p, int position, int group, int first_channel) {
+    const Stage& s = stage_in(p.slot);
+    char* const buffers = p.groups + int64_t(group) * header().group_bytes;
+    // Not unrolled beyond need: this is done once a tile, and the instructions of many copies would have to be fetched.
+    static_for<kLaneChannels>([&](auto n) {
+      const int channel = first_channel + n, line = channel % kChunk;
+      char* const at = buffers + s.destination +
+                       (int64_t(position) * s.destination_chunks + channel / kChunk) * Storage<float>::kBlockBytes;
+      float (&v)[kGroupRows] = sum[n];
+      if (s.epilogue == Epilogue::kActivate) {
+        const float bias = load_constant(p.vectors + s.bias + int64_t(position) * s.bias_stride + channel);
+        static_for<kGroupRows>([&](auto j) { v[j] = activate(s.activation, s.slope, v[j] + bias); });
+      } else if (s.epilogue == Epilogue::kGradient) {
+        float y[kGroupRows];
+        Storage<float>::load(at, line, y);
+        static_for<kGroupRows>([&](auto j) { v[j] = differentiate(s.activation, s.slope, y[j], v[j]); });
+      } else if (s.epilogue == Epilogue::kUpdate) {
+        update_line(p, buffers, channel, v);
+      }
+      Storage<float>::store(at, line, v);
+    });
   }
 
   // v: the gradient of one channel of the latent in, the new latent out.
   DEFGAN_DEVICE static void update_line(const Product& p, char* buffers, int channel, float (&v)[kGroupRows]) {
-    if (channel >= p.header->latent_size) {
+    const Header& h = header();
+    if (channel >= h.latent_size) {
       static_for<kGroupRows>([&](auto j) { v[j] = 0.0f; });
       return;
     }
-    char* const latents = buffers + p.header->latent;
-    char* const velocities = buffers + p.header->velocity;
+    char* const latents = buffers + h.latent;
+    char* const velocities = buffers + h.velocity;
     float z[kGroupRows], velocity[kGroupRows];
     Storage<float>::load(latents, channel, z);
     Storage<float>::load(velocities, channel, velocity);
     static_for<kGroupRows>([&](auto j) {
-      momentum_step(z[j], velocity[j], v[j], p.header->gradient_scale, p.momentum, p.rate);
+      momentum_step(z[j], velocity[j], v[j], h.gradient_scale, p.momentum, p.rate);
       v[j] = z[j];
     });
     Storage<float>::store(latents, channel, z);
     Storage<float>::store(velocities, channel, velocity);
+  }
+};
+
+// 32 channels by kLaneColumns columns. With one column a lane has one channel of it: many small tiles, for few rows.
+// With eight, four lanes share a column, 8 channels each: four times the products for each number loaded.
+template <int kLaneColumns>
+struct ScalarTile {
+  static_assert(kLaneColumns == 1 || kLaneColumns == 8);
+  static constexpr int kChannels = kChunk;
+  static constexpr int kWidth = kLaneColumns;
+  static constexpr int kLaneChannels = kLaneColumns;  // lanes of a column: 32 / kLaneColumns
+  static constexpr int kUnit = kLaneColumns == 1 ? 4 : 1;  // source channels of a step
+  static constexpr int kDepth = 4;                         // steps in flight
+
+  DEFGAN_DEVICE_NOINLINE static void run(const Product& shared_product, int number, int block, int first, int lane) {
+    const Product p = shared_product;
+    const PositionClass c = class_of(p, number);
+    constexpr int kColumnLanes = kLanes / kLaneColumns;
+    const int column = first + lane / kColumnLanes, channel = lane % kColumnLanes * kLaneChannels;
+    ScalarSums<kLaneChannels> sums;
+    accumulate(p, c, block, column, channel, sums);
+    const Column at(c, p.group_count, column);
+    if (at.position >= c.positions) return;
+    sums.finish(p, load_constant(p.index + c.position + at.position), at.group, block * kChunk + channel);
+  }
+
+  DEFGAN_DEVICE static void accumulate(const Product& p, const PositionClass& c, int block, int column, int channel,
+                                       ScalarSums<kLaneChannels>& sums) {
+    constexpr int kLine = kChunk * 4, kRows = kGroupRows * 4;  // bytes of a source channel's weights and activations
+    const Stage& s = stage_in(p.slot);
+    const int units = (s.source_channels + kUnit - 1) / kUnit, steps = c.taps * units;
+    if (steps == 0) return;  // positions that nothing reaches
+    const int64_t block_bytes = int64_t(s.source_chunks) * kChunk * kLine;
+    const int columns[1] = {column};
+    Walk<1, kUnit * kLine, kUnit * kRows> walk(p, c, columns, units, p.weights + block * block_bytes + channel * 4,
+                                               s.destination_chunks * block_bytes, 0);
+    float w[kDepth][kUnit][kLaneChannels];
+    Float4 x[kDepth][kUnit][2];
+    const auto load = [&](auto slot) {
+      walk.advance();
+      static_for<kUnit>([&](auto k) {
+        const char* const weights = walk.weights + k * kLine;
+        if constexpr (kLaneChannels == 1) {
+          w[slot][k][0] = load_constant(reinterpret_cast<const float*>(weights));
+        } else {
+          static_for<kLaneChannels / 4>([&](auto q) {
+            const Float4 four = load_constant(reinterpret_cast<const Float4*>(weights) + q);
+            w[slot][k][4 * q] = four.x, w[slot][k][4 * q + 1] = four.y;
+            w[slot][k][4 * q + 2] = four.z, w[slot][k][4 * q + 3] = four.w;
+          });
+        }
+        static_for<2>([&](auto half) {
+          x[slot][k][half] = load_global(reinterpret_cast<const Float4*>(walk.source[0] + k * kRows) + half);
+        });
+      });
+    };
+
+    static_for<kDepth>([&](auto slot) { load(slot); });
+    DEFGAN_NO_UNROLL
+    for (int step = 0; step < steps; step += kDepth)
+      static_for<kDepth>([&](auto slot) {
+        if (step + slot >= steps) return;
+        static_for<kUnit>([&](auto k) { sums.add(w[slot][k], x[slot][k][0], x[slot][k][1]); });
+        load(slot);
+      });
   }
 };
 

@@ -30,8 +30,11 @@ struct Geometry {
   static constexpr int kImage = kMask2 + kH2 * kH2 * kLanes * 2;
   static constexpr int kSlot = kGroupRows * 4;
   static constexpr int kLatentBlocks = kImage + kPixels * kSlot;
-  static constexpr int kZero = kLatentBlocks + kLatentChunks * kBlock;
-  static constexpr int kSharedBytes = kZero + 16;
+  static constexpr int kLatents = kLatentBlocks + kLatentChunks * kBlock;  // float32, 4 of each lane of a tile
+  static constexpr int kVelocities = kLatents + kLatent * kGroupRows * 4;
+  static constexpr int kZero = kVelocities + kLatent * kGroupRows * 4;
+  static constexpr int kZeroBytes = kChunks0 * kBlock;  // as long as the longest source that may be missing
+  static constexpr int kSharedBytes = kZero + kZeroBytes;
 
   static_assert(kWidth % kChunk == 0 && kWidth <= 2 * kChunk, "a mask word holds two chunks of layer 2");
   static_assert(kLatent % kChunk == 0 && kLatent <= 128, "a warp has one tile of 16 latent channels");

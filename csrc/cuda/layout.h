@@ -104,6 +104,18 @@ DEFGAN_DEVICE T load_table(const char* at) {
   return u.value;
 }
 
+// The same in shared memory.
+template <class T>
+DEFGAN_DEVICE T load_shared_table(const T* at) {
+  static_assert(sizeof(T) % 16 == 0, "tables are read in 16-byte words");
+  union {
+    T value;
+    Vec4 words[sizeof(T) / 16];
+  } u;
+  static_for<sizeof(T) / 16>([&](auto i) { u.words[i] = load_shared(reinterpret_cast<const Vec4*>(at) + i); });
+  return u.value;
+}
+
 // NaN passes every activation and its derivative, so that a row that overflowed shows it in its error.
 DEFGAN_DEVICE float activate(int activation, float slope, float x) {
   switch (Activation(activation)) {

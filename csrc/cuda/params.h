@@ -9,7 +9,13 @@ namespace defgan::cuda {
 constexpr int kLanes = 32;  // of a warp
 constexpr int kPiece = 8;   // numbers of a block that belong to one lane
 constexpr int kPackThreads = 256, kTeamThreads = 256, kFusedThreads = 256;
-constexpr int kTeamSharedBytes = sizeof(Header) + 2 * sizeof(Stage);
+
+// What the stages need of the tables, in shared memory: the next stage's is brought while one runs.
+struct TeamTables {
+  Header header;
+  StageRecord stages[2];
+};
+constexpr int kTeamSharedBytes = sizeof(TeamTables);
 
 // Counts are int32, which the host makes sure of: 64-bit divisions are subroutine calls on a GPU, and would cost the
 // callers registers. Only offsets in bytes are int64.

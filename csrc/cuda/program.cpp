@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <tuple>
@@ -82,6 +83,10 @@ class Builder {
     // The sums are dead once the image is made of them; the image's gradient is spread over their place.
     sums_ = reserve(int64_t(places_) * padded(place_channels_) * kGroupRows * 4);
     p_.header.image = reserve(plan_.image.elements() * kGroupRows * 4);
+    int most = chunks_of(place_channels_);
+    for (const Layer& l : plan_.layers) most = std::max({most, chunks_of(l.in.c), chunks_of(l.out.c)});
+    p_.header.zero_bytes = int32_t(block_bytes(1, most));
+    p_.header.zero = reserve(p_.header.zero_bytes);
   }
 
   // Multiply-adds, padding counted, of the last layer as a sum of taps at each pixel against one product of every
@@ -103,6 +108,14 @@ class Builder {
     const int at = int(p_.index.size());
     p_.index.insert(p_.index.end(), values.begin(), values.end());
     return at;
+  }
+
+  // In the source tables' unit, of a position of the stage's source; kNone: of the zeros.
+  int32_t source_of(const Stage& s, int position) const {
+    const int64_t at = position == kNone ? p_.header.zero : s.source + block_bytes(position, s.source_chunks);
+    if (at / kSourceUnit > std::numeric_limits<int32_t>::max())
+      throw std::invalid_argument("plan: its activations are too large for the CUDA kernels");
+    return int32_t(at / kSourceUnit);
   }
 
   Stage stage(StageKind kind, int64_t source, int64_t destination, const Shape& from, const Shape& to) const {
@@ -176,8 +189,8 @@ class Builder {
       std::vector<int32_t> matrix, source;
       for (const auto& tap : sources) {
         matrix.push_back(std::get<1>(tap.first));
-        std::vector<int32_t> line(positions.size(), kNone);
-        for (const auto& one : tap.second) line[size_t(one.first)] = one.second;
+        std::vector<int32_t> line(positions.size(), source_of(s, kNone));
+        for (const auto& one : tap.second) line[size_t(one.first)] = source_of(s, one.second);
         source.insert(source.end(), line.begin(), line.end());
       }
       PositionClass c{};
@@ -362,10 +375,14 @@ class Builder {
     PositionClass c{};
     c.taps = 1;
     c.positions = places_;
-    std::vector<int32_t> all(static_cast<size_t>(places_));
-    for (int i = 0; i < places_; ++i) all[size_t(i)] = i;
+    std::vector<int32_t> all, sources;
+    for (int i = 0; i < places_; ++i) {
+      all.push_back(i);
+      sources.push_back(source_of(s, i));
+    }
     c.matrix = add_table({0});
-    c.source = c.position = add_table(all);
+    c.source = add_table(sources);
+    c.position = add_table(all);
     s.classes = int(p_.classes.size());
     s.class_count = 1;
     p_.classes.push_back(c);
@@ -507,7 +524,15 @@ class Builder {
       return at;
     };
     Header& h = p_.header;
-    h.stages = append(p_.stages.data(), p_.stages.size() * sizeof(Stage));
+    std::vector<StageRecord> records;
+    for (const Stage& s : p_.stages) {
+      StageRecord record{};
+      record.stage = s;
+      if (s.kind == StageKind::kGemm)
+        std::copy_n(p_.classes.begin() + s.classes, std::min(s.class_count, kStagedClasses), record.classes);
+      records.push_back(record);
+    }
+    h.stages = append(records.data(), records.size() * sizeof(StageRecord));
     h.packs = append(p_.packs.data(), p_.packs.size() * sizeof(Pack));
     h.vectors = append(p_.vectors.data(), p_.vectors.size() * sizeof(PackVector));
     h.classes = append(p_.classes.data(), p_.classes.size() * sizeof(PositionClass));

@@ -19,6 +19,8 @@ constexpr int kChunk = 32;           // channels of a block of storage (layout.h
 constexpr int kMaxParameters = 256;  // their addresses travel as kernel arguments
 constexpr int kChains = 4;           // partial sums of a long dot product (Gemm::chains)
 constexpr int kMinChainChunks = 32;  // dot products of fewer chunks are taken in one chain
+constexpr int kSourceUnit = 256;     // bytes; every buffer and every block of storage begins at a multiple
+constexpr int kStagedClasses = 64;   // of a stage, which travel with it
 constexpr int kNone = -1;
 
 enum class StageKind : int32_t { kGemm, kMap, kReorder, kImage, kSpread };
@@ -30,11 +32,12 @@ enum class Epilogue : int32_t {
   kUpdate,    // the latent's gradient: one momentum step
 };
 
-// Destination positions that are fed by the same matrices: those of one phase. At a border some sources are missing.
-struct PositionClass {
+// Destination positions that are fed by the same matrices: those of one phase. A source that is missing at a border is
+// the group's buffer of zeros: a product with it costs less than asking.
+struct alignas(16) PositionClass {
   int32_t taps, positions;
   int32_t matrix;    // table: the matrix of each tap, in the order of summation
-  int32_t source;    // table: [tap][position], source position or kNone
+  int32_t source;    // table: [tap][position], where the source is in a group's buffers, in kSourceUnit bytes
   int32_t position;  // table: the destination positions
   int32_t pad[3];
 };
@@ -64,6 +67,12 @@ struct alignas(16) Stage {
   int32_t pad[2];
 };
 
+// A stage and its first classes, as they are brought to shared memory.
+struct alignas(16) StageRecord {
+  Stage stage;
+  PositionClass classes[kStagedClasses];
+};
+
 // What packing does for one stage: which elements of which parameter make up its matrices.
 struct alignas(16) Pack {
   int64_t weights;                    // bytes, destination
@@ -91,13 +100,16 @@ struct alignas(16) PackVector {
 };
 
 struct alignas(16) Header {
-  int64_t stages, packs, vectors, classes, index;  // bytes into the blob
+  int64_t stages, packs, vectors, classes, index;  // bytes into the blob; stages: StageRecord
   int32_t forward_stages, all_stages;              // kImage is the last of the forward ones
   int32_t pack_count, vector_count;
   int64_t group_bytes;              // of one group's buffers
   int64_t latent, velocity, image;  // bytes into them: float32 [k][8], [k][8], [pixel][8]
+  int64_t zero;                     // and of the zeros that stand for missing sources, zero_bytes of them
+  int32_t zero_bytes;
   int32_t latent_size, latent_chunks, pixels;
   float gradient_scale;  // 2 / pixels: of the mean squared error, applied at the update
+  int32_t pad[3];
 };
 
 class Program {

@@ -15,30 +15,24 @@ namespace defgan::cuda {
 // be computed there, and occupy registers that the tiles of products need.
 template <class S>
 struct Team {
-  // Tiles: few columns where a stage would not fill the team's warps otherwise. Bits do not depend on the choice.
+  // Tiles, from many products to few: smaller ones where a stage would not give every warp of the team a task. Bits do
+  // not depend on the choice.
   static constexpr bool kTensor = !std::is_same_v<S, float>;
-  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, 2, 1>, ScalarTile<8>>;
-  using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, 4, 1>, ScalarTile<1>>;
-  using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, 4, kChains>, ScalarTile<1>>;
-
-  // What a stage needs of the tables, brought to shared memory while the stage before it runs.
-  struct Tables {
-    Header header;
-    Stage stage[2];
-  };
+  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, 3, 1>, ScalarTile<8>>;
+  using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, 5, 1>, ScalarTile<1>>;
+  using Single = std::conditional_t<kTensor, TensorTile<S, 1, 1, 8, 1>, ScalarTile<1>>;
+  using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, 8, kChains>, ScalarTile<1>>;
 
   const TeamParams& p;
-  const Header& h;
   const int32_t* index;
   int first_group, groups;  // of this team
   int thread, threads;      // of the team
   TeamBarrier* barrier;
 
-  DEFGAN_DEVICE explicit Team(const TeamParams& params) : p(params), h(tables()->header) {
-    bring(&tables()->header, p.tables);
+  DEFGAN_DEVICE explicit Team(const TeamParams& params) : p(params) {
+    bring(&team_tables()->header, p.tables);
     sync_block();
-    view_shared(&h);
-    index = reinterpret_cast<const int32_t*>(p.tables + h.index);
+    index = reinterpret_cast<const int32_t*>(p.tables + header().index);
     const int team = block_index() / p.blocks_per_team;
     first_group = int(int64_t(p.group_count) * team / p.teams);
     groups = int(int64_t(p.group_count) * (team + 1) / p.teams) - first_group;
@@ -48,12 +42,11 @@ struct Team {
   }
 
   DEFGAN_DEVICE void meet() const { sync_team(barrier, p.blocks_per_team); }
-  DEFGAN_DEVICE char* buffers(int group) const { return p.groups + int64_t(first_group + group) * h.group_bytes; }
+  DEFGAN_DEVICE char* buffers(int group) const { return p.groups + int64_t(first_group + group) * header().group_bytes; }
   DEFGAN_DEVICE int row_of(int group, int row) const {
     return p.call.first_row + (first_group + group) * kGroupRows + row;
   }
 
-  DEFGAN_DEVICE static Tables* tables() { return reinterpret_cast<Tables*>(shared_memory()); }
   template <class T>
   DEFGAN_DEVICE static void bring(T* to, const char* from) {
     const int i = thread_index();
@@ -62,13 +55,18 @@ struct Team {
   }
   // The slot of a stage is free since the barrier before the last one.
   DEFGAN_DEVICE void bring_stage(int n, int slot) const {
-    bring(&tables()->stage[slot], p.tables + h.stages + n * int64_t(sizeof(Stage)));
+    static_assert(sizeof(StageRecord) / 16 <= kTeamThreads, "a thread brings one word");
+    bring(&team_tables()->stages[slot], p.tables + header().stages + n * int64_t(sizeof(StageRecord)));
   }
 
   // --- the latent ---------------------------------------------------------------------------------------
 
   DEFGAN_DEVICE_NOINLINE void start() const {
-    const int64_t input = view_shared(&tables()->stage[0]).source;
+    const Header& h = header();
+    const int64_t input = stage_in(0).source;
+    const int zeros = h.zero_bytes / 16;
+    for (int i = thread; i < groups * zeros; i += threads)
+      store_global(reinterpret_cast<Vec4*>(buffers(i / zeros) + h.zero) + i % zeros, Vec4{0, 0, 0, 0});
     for (int i = thread; i < groups * h.latent_chunks * kLanes; i += threads) {
       const int lane = i % kLanes, chunk = i / kLanes % h.latent_chunks, group = i / kLanes / h.latent_chunks;
       float* const latent = reinterpret_cast<float*>(buffers(group) + h.latent);
@@ -87,6 +85,7 @@ struct Team {
   }
 
   DEFGAN_DEVICE_NOINLINE void write_latents() const {
+    const Header& h = header();
     for (int i = thread; i < groups * kGroupRows * h.latent_size; i += threads) {
       const int channel = i % h.latent_size, row = i / h.latent_size % kGroupRows,
                 group = i / h.latent_size / kGroupRows;
@@ -114,7 +113,7 @@ struct Team {
     const int warps = threads / kLanes;
     int task = thread / kLanes;  // counted through all classes
     for (int n = 0; n < s.class_count; ++n) {
-      const int across = tiles_across<Tile>(load_constant(&product.classes[n].positions));
+      const int across = tiles_across<Tile>(class_of(product, n).positions);
       const int tiles = across * blocks_of<Tile>(s);
       for (; task < tiles; task += warps)
         Tile::run(product, n, task / across, task % across * Tile::kWidth, thread % kLanes);
@@ -122,25 +121,35 @@ struct Team {
     }
   }
 
-  DEFGAN_DEVICE void multiply(const Stage& s, float rate) const {
-    const Product product{&h,
-                          &s,
+  template <class Tile>
+  DEFGAN_DEVICE int tile_count(const Stage& s, const Product& product) const {
+    int count = 0;
+    for (int n = 0; n < s.class_count; ++n)
+      count += tiles_across<Tile>(class_of(product, n).positions) * blocks_of<Tile>(s);
+    return count;
+  }
+
+  DEFGAN_DEVICE void multiply(const Stage& s, int slot, float rate) const {
+    const Product product{slot,
                           index,
-                          reinterpret_cast<const PositionClass*>(p.tables + h.classes) + s.classes,
+                          reinterpret_cast<const PositionClass*>(p.tables + header().classes) + s.classes,
                           p.weights + s.weights,
                           p.vectors,
                           buffers(0),
                           groups,
                           p.call.momentum,
                           rate};
+    const int warps = threads / kLanes;
     if (s.chains > 1) return multiply_tiles<Long>(s, product);
-    int wide = 0;
-    for (int n = 0; n < s.class_count; ++n)
-      wide += tiles_across<Wide>(load_constant(&product.classes[n].positions)) * blocks_of<Wide>(s);
-    if (wide * kLanes >= threads)
-      multiply_tiles<Wide>(s, product);
-    else
+    if constexpr (kTensor) {
+      if (tile_count<Wide>(s, product) >= warps) return multiply_tiles<Wide>(s, product);
+      if (tile_count<Narrow>(s, product) >= warps) return multiply_tiles<Narrow>(s, product);
+      multiply_tiles<Single>(s, product);
+    } else {
+      // A wide tile takes as long as eight narrow ones: worth it from where the narrow ones would keep all warps busy.
+      if (tile_count<Narrow>(s, product) >= warps) return multiply_tiles<Wide>(s, product);
       multiply_tiles<Narrow>(s, product);
+    }
   }
 
   // Calls visit(group, position, chunk, lane) for every piece of the stage's destination.
@@ -156,6 +165,7 @@ struct Team {
   // A piece of a map or a reorder: into the sums, into an activation, or over one as its gradient.
   DEFGAN_DEVICE void finish_piece(const Stage& s, float rate, int group, int position, int chunk, int lane,
                                   float (&v)[kPiece]) const {
+    const Header& h = header();
     if (s.epilogue == Epilogue::kSums) {
       float* const sums = reinterpret_cast<float*>(buffers(group) + s.destination);
       static_for<kPiece>([&](auto j) {
@@ -294,6 +304,7 @@ struct Team {
 
   // A warp sums the squares of one row, each lane its pixels, then the lanes pairwise: one order, whatever the team.
   DEFGAN_DEVICE_NOINLINE void errors() const {
+    const Header& h = header();
     const int lane = thread % kLanes;
     for (int i = thread / kLanes; i < groups * kGroupRows; i += threads / kLanes) {
       const int row = i % kGroupRows, group = i / kGroupRows;
@@ -310,9 +321,10 @@ struct Team {
     }
   }
 
-  DEFGAN_DEVICE void run_stage(const Stage& s, float rate) const {
+  DEFGAN_DEVICE void run_stage(int slot, float rate) const {
+    const Stage& s = stage_in(slot);
     switch (s.kind) {
-      case StageKind::kGemm: multiply(s, rate); break;
+      case StageKind::kGemm: multiply(s, slot, rate); break;
       case StageKind::kMap: map(s, rate); break;
       case StageKind::kReorder: reorder(s, rate); break;
       case StageKind::kImage: image(s); break;
@@ -322,7 +334,7 @@ struct Team {
 
   DEFGAN_DEVICE void run() const {
     const bool descend = p.purpose == Purpose::kDescend;
-    const int stages = descend ? h.all_stages : h.forward_stages;
+    const int stages = descend ? header().all_stages : header().forward_stages;
     bring_stage(0, 0);
     sync_block();
     start();
@@ -332,7 +344,7 @@ struct Team {
       const float rate = descend ? load_constant(p.call.rates + step) : 0.0f;
       for (int n = 0; n < stages; ++n) {
         bring_stage(n + 1 < stages ? n + 1 : 0, 1 - slot);
-        run_stage(view_shared(&tables()->stage[slot]), rate);
+        run_stage(slot, rate);
         meet();
         slot = 1 - slot;
       }
@@ -344,7 +356,6 @@ struct Team {
 
 template <class S>
 DEFGAN_DEVICE void team_kernel(const TeamParams& p) {
-  static_assert(sizeof(typename Team<S>::Tables) <= kTeamSharedBytes, "what the host asks for");
   Team<S>(p).run();
 }
 

@@ -36,10 +36,10 @@ STEPS = 200  # of the method
 MANY_ROWS = 100  # beyond them a step is so slow that fewer are timed
 CHECK_STEPS = 8
 CHECK_IMAGES = 10
-# Median over rows of the relative difference of the errors after CHECK_STEPS. float32 rounds by 6e-8 and each
-# step multiplies it by a few; bfloat16 by 4e-3 in every activation, so an error of the first steps moves by
-# some percent in any implementation; float16 by an eighth of that.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 0.1}
+# Median over rows of the relative difference of the errors after CHECK_STEPS: about twice what PyTorch itself has in
+# that precision (0.03 in float16, 0.05 in bfloat16: an error of the first steps moves by some percent in any
+# implementation). float32 rounds by 6e-8, and each step multiplies it by a few.
+TOLERANCE = {"float32": 1e-4, "float16": 0.06, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
