@@ -104,16 +104,49 @@ DEFGAN_DEVICE void store_global(T* p, const std::common_type_t<T>& value) {
 // and emits LDS and STS. No __builtin_assume(__isShared(p)) in its stead: about a pointer kept in a struct that is handed
 // to a function which is not inlined, nvcc 13.0 found it impossible and removed the path (tools/cuda_check.py looks for
 // paths that end nowhere).
+namespace detail {
+
+// volatile, so that a loop can say how far ahead of their use its operands are loaded.
+DEFGAN_DEVICE void load_shared_word(uint32_t p, unsigned short& v) {
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(v) : "r"(p));
+}
+DEFGAN_DEVICE void load_shared_word(uint32_t p, unsigned int& v) {
+  asm volatile("ld.shared.u32 %0, [%1];\n" : "=r"(v) : "r"(p));
+}
+DEFGAN_DEVICE void load_shared_word(uint32_t p, uint2& v) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "r"(p));
+}
+DEFGAN_DEVICE void load_shared_word(uint32_t p, uint4& v) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(p));
+}
+DEFGAN_DEVICE void store_shared_word(uint32_t p, unsigned short v) {
+  asm volatile("st.shared.u16 [%0], %1;\n" ::"r"(p), "h"(v) : "memory");
+}
+DEFGAN_DEVICE void store_shared_word(uint32_t p, unsigned int v) {
+  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(p), "r"(v) : "memory");
+}
+DEFGAN_DEVICE void store_shared_word(uint32_t p, const uint2& v) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};\n" ::"r"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+DEFGAN_DEVICE void store_shared_word(uint32_t p, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+}  // namespace detail
+
 template <class T>
 DEFGAN_DEVICE T load_shared(const T* p) {
-  // By way of a variable: copied from the reference, 16 bytes became 16 loads, their alignment forgotten.
-  const detail::WordOf<T> word = *reinterpret_cast<const detail::WordOf<T>*>(p);
+  detail::WordOf<T> word;
+  detail::load_shared_word(detail::shared_address(p), word);
   return detail::bits_as<T>(word);
 }
 
 template <class T>
 DEFGAN_DEVICE void store_shared(T* p, const std::common_type_t<T>& value) {
-  *reinterpret_cast<detail::WordOf<T>*>(p) = detail::bits_as<detail::WordOf<T>>(value);
+  detail::store_shared_word(detail::shared_address(p), detail::bits_as<detail::WordOf<T>>(value));
 }
 
 // A struct in shared memory, by reference. Whoever reads it must not do so beyond the next barrier after which it may be
@@ -123,9 +156,9 @@ DEFGAN_DEVICE const T& view_shared(const T* p) {
   return *p;
 }
 
-// Global to shared past the registers (cp.async.cg); both 16-byte aligned.
+// Global to shared past the registers, through L1 (cp.async.ca); both 16-byte aligned.
 DEFGAN_DEVICE void copy_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(detail::shared_address(shared)), "l"(global)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;\n" ::"r"(detail::shared_address(shared)), "l"(global)
                : "memory");
 }
 DEFGAN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

@@ -26,26 +26,28 @@ struct FusedTap {
 };
 
 // sum[column][tile] += W[tap] * source for every tap. source_at(tap, column): offset of the source in shared memory, of
-// zeros where there is none: without a branch a column's operand is on its way while other columns' products are
-// computed. Weights come as a stream, one chunk of 32 source channels ahead, through the ends of taps.
+// zeros where there is none, since a product costs less than a branch. Two columns' products take turns, so that no sum
+// waits for itself, while the next two columns' operands are on their way. Weights come as a stream, one chunk of 32
+// source channels ahead, through the ends of taps.
 template <class S, int kColumns, int kTiles, int kChunks, class TapAt, class SourceAt>
 DEFGAN_DEVICE void convolve(float (&sum)[kColumns][kTiles][4], int taps, const TapAt& tap_at, const SourceAt& source_at,
                             const char* weights, int row_tiles, int first_tile, int lane) {
   constexpr int kColumnTiles = kChunks * 2;
-  constexpr int kBatch = 4;  // columns whose products take turns, so that no sum waits for itself
+  // Two chunks at a time save copying registers, where the sums leave enough of them.
+  constexpr int kBatches = (kColumns + 1) / 2, kUnrolled = kChunks % 2 == 0 && kColumns * kTiles < 32 ? 2 : 1;
   const auto matrix = [&](int t) {
     return reinterpret_cast<const Vec4*>(weights) +
            (tap_at(t).matrix * row_tiles + first_tile) * kColumnTiles * kLanes + lane;
   };
-  Vec4 next[kTiles][2];
-  const auto load = [&](const Vec4* at) {
+  Vec4 a[2][kTiles][2];
+  const auto load = [&](auto slot, const Vec4* at) {
     static_for<kTiles>([&](auto m) {
-      next[m][0] = load_constant(at + m * kColumnTiles * kLanes);
-      next[m][1] = load_constant(at + m * kColumnTiles * kLanes + kLanes);
+      a[slot][m][0] = load_constant(at + m * kColumnTiles * kLanes);
+      a[slot][m][1] = load_constant(at + m * kColumnTiles * kLanes + kLanes);
     });
   };
   const Vec4* here = matrix(0);
-  load(here);
+  load(std::integral_constant<int, 0>{}, here);
   DEFGAN_NO_UNROLL
   for (int t = 0; t < taps; ++t) {
     const Vec4* following = t + 1 < taps ? matrix(t + 1) : here;
@@ -53,23 +55,39 @@ DEFGAN_DEVICE void convolve(float (&sum)[kColumns][kTiles][4], int taps, const T
     int source[kColumns];
     static_for<kColumns>([&](auto i) { source[i] = source_at(tap, i) + lane * 16; });
     DEFGAN_NO_UNROLL
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      Vec4 a[kTiles][2];
-      static_for<kTiles>([&](auto m) { a[m][0] = next[m][0], a[m][1] = next[m][1]; });
-      load(chunk + 1 < kChunks ? here + (chunk + 1) * 2 * kLanes : following);
-      const char* const chunk_at = shared_memory() + chunk * Storage<S>::kBlockBytes;
-      static_for<(kColumns + kBatch - 1) / kBatch>([&](auto batch) {
-        constexpr int kFirst = batch * kBatch, kCount = kColumns - kFirst < kBatch ? kColumns - kFirst : kBatch;
-        Vec4 b[kCount];
-        static_for<kCount>(
-            [&](auto i) { b[i] = load_shared(reinterpret_cast<const Vec4*>(chunk_at + source[kFirst + i])); });
-        static_for<kCount>([&](auto i) {
-          static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[kFirst + i][m], a[m][0], b[i].x, b[i].y); });
+    for (int chunk = 0; chunk < kChunks; chunk += kUnrolled) {
+      static_for<kUnrolled>([&](auto step) {
+        constexpr int kSlot = kUnrolled == 2 ? step : 0;
+        here += 2 * kLanes;
+        load(std::integral_constant<int, 1 - kSlot>{}, chunk + step + 1 < kChunks ? here : following);
+        Vec4 b[2][2];
+        const auto fetch = [&](auto batch) {
+          static_for<2>([&](auto i) {
+            if constexpr (batch * 2 + i < kColumns)
+              b[batch % 2][i] = load_shared(reinterpret_cast<const Vec4*>(shared_memory() + source[batch * 2 + i] +
+                                                                          step * Storage<S>::kBlockBytes));
+          });
+        };
+        fetch(std::integral_constant<int, 0>{});
+        static_for<kBatches>([&](auto batch) {
+          constexpr int kFirst = batch * 2, kCount = kColumns - kFirst < 2 ? kColumns - kFirst : 2;
+          fetch(std::integral_constant<int, batch + 1>{});
+          static_for<kCount>([&](auto i) {
+            static_for<kTiles>([&](auto m) {
+              multiply_accumulate<S>(sum[kFirst + i][m], a[kSlot][m][0], b[batch % 2][i].x, b[batch % 2][i].y);
+            });
+          });
+          static_for<kCount>([&](auto i) {
+            static_for<kTiles>([&](auto m) {
+              multiply_accumulate<S>(sum[kFirst + i][m], a[kSlot][m][1], b[batch % 2][i].z, b[batch % 2][i].w);
+            });
+          });
         });
-        static_for<kCount>([&](auto i) {
-          static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[kFirst + i][m], a[m][1], b[i].z, b[i].w); });
-        });
+        if constexpr (kUnrolled == 1) {
+          static_for<kTiles>([&](auto m) { a[0][m][0] = a[1][m][0], a[0][m][1] = a[1][m][1]; });
+        }
       });
+      static_for<kColumns>([&](auto i) { source[i] += kUnrolled * Storage<S>::kBlockBytes; });
     }
     here = following;
   }
@@ -308,26 +326,32 @@ struct Fused {
     });
   }
 
-  // Adds to each pixel what the plane's positions send it, in the order of positions.
+  // Adds to each pixel what the plane's positions send it, in the order of positions. Of the taps o - 2 (2 q + parity)
+  // that reach an output o along an axis there is one below 4, from the last such q, and where that is 0 also tap 4 from
+  // the q before. Missing ones are zeros.
   DEFGAN_DEVICE void collect(int py, int px) const {
     constexpr int kSide = G::kH2 / 2;
     each_pair([&](int pixel, int pair) {
-      const int oy = pixel / G::kH3 + G::kPad, ox = pixel % G::kH3 + G::kPad;
+      const int oy = pixel / G::kH3 + G::kPad - 2 * py, ox = pixel % G::kH3 + G::kPad - 2 * px;
       Float2 sum = load_shared(image_sums(pixel, pair));
-      // The source 2 q + parity sends through tap o - 2 (2 q + parity), if that is one.
-      for (int qy = (oy - 2 * py - G::kKernel + 1 + 3) >> 2; qy <= (oy - 2 * py) >> 2; ++qy) {
-        const int ky = oy - 2 * (2 * qy + py);
-        if (qy < 0 || qy >= kSide) continue;
-        for (int qx = (ox - 2 * px - G::kKernel + 1 + 3) >> 2; qx <= (ox - 2 * px) >> 2; ++qx) {
-          const int kx = ox - 2 * (2 * qx + px);
-          if (qx < 0 || qx >= kSide) continue;
-          const char* position = shared(G::kHidden + (qy * kSide + qx) * G::kPlaneBytes);
-          const Float2 part =
-              load_shared(reinterpret_cast<const Float2*>(position) + (ky * G::kKernel + kx) * (kGroupRows / 2) + pair);
-          sum.x = sum.x + part.x;
-          sum.y = sum.y + part.y;
-        }
-      }
+      Float2 part[2][2];
+      static_for<2>([&](auto y) {
+        static_for<2>([&](auto x) {
+          const int qy = (oy >> 2) - 1 + y, qx = (ox >> 2) - 1 + x;
+          const int ky = oy - 4 * qy, kx = ox - 4 * qx;
+          const int position = ky < G::kKernel && kx < G::kKernel ? position_in(qy, qx, kSide) : kNone;
+          const int at = position == kNone
+                             ? G::kZero
+                             : G::kHidden + position * G::kPlaneBytes + (ky * G::kKernel + kx) * (kGroupRows * 4);
+          part[y][x] = load_shared(reinterpret_cast<const Float2*>(shared(at)) + pair);
+        });
+      });
+      static_for<2>([&](auto y) {
+        static_for<2>([&](auto x) {
+          sum.x = sum.x + part[y][x].x;
+          sum.y = sum.y + part[y][x].y;
+        });
+      });
       store_shared(image_sums(pixel, pair), sum);
     });
   }
@@ -348,29 +372,44 @@ struct Fused {
 
   // --- backward -----------------------------------------------------------------------------------------
 
-  // Layer 2's gradient on one plane: the image's gradient gathered tap by tap, times the columns' matrix, masked.
+  // Layer 2's gradient on one plane: the image's gradient gathered tap by tap, times the columns' matrix, masked. Two
+  // tiles of channels at a time: the caller's sums are in registers meanwhile.
   DEFGAN_DEVICE void plane_backward(int py, int px) const {
     constexpr int kSide = G::kH2 / 2;
-    Vec4 a[kTiles2][2];
-    static_for<kTiles2>([&](auto m) {
-      static_for<2>([&](auto k) {
-        a[m][k] = load_constant(reinterpret_cast<const Vec4*>(p.columns_back) + (m * 2 + k) * kLanes + lane);
-      });
-    });
+    constexpr int kTiles = 2;
+    constexpr int kTogether = 2;                               // positions whose loads and products overlap
     const int ky = lane / G::kKernel, kx = lane % G::kKernel;  // the column that this lane gathers
     DEFGAN_NO_UNROLL
-    for (int q = warp; q < G::kPlane; q += kWarps) {
-      const int oy = 2 * (2 * (q / kSide) + py) + ky - G::kPad, ox = 2 * (2 * (q % kSide) + px) + kx - G::kPad;
-      const int pixel = lane < G::kTaps ? position_in(oy, ox, G::kH3) : kNone;
-      uint32_t b[4];
-      load_matrix_transposed(b, shared(pixel == kNone ? G::kZero : G::kImage + pixel * G::kSlot));
-      const uint32_t mask = load_shared(plane_mask(py, px, q));
-      static_for<kTiles2>([&](auto m) {
-        float sum[4] = {};
-        multiply_accumulate<S>(sum, a[m][0], b[0], b[1]);
-        multiply_accumulate<S>(sum, a[m][1], b[2], b[3]);
-        store_masked(G::kHidden, q * G::kPlaneBytes, m, sum, mask >> (4 * m));
+    for (int first_tile = 0; first_tile < kTiles2; first_tile += kTiles) {
+      Vec4 a[kTiles][2];
+      static_for<kTiles>([&](auto m) {
+        static_for<2>([&](auto k) {
+          a[m][k] =
+              load_constant(reinterpret_cast<const Vec4*>(p.columns_back) + ((first_tile + m) * 2 + k) * kLanes + lane);
+        });
       });
+      DEFGAN_NO_UNROLL
+      for (int first = warp; first < G::kPlane; first += kTogether * kWarps) {
+        uint32_t b[kTogether][4], mask[kTogether];
+        static_for<kTogether>([&](auto n) {
+          const int q = first + n * kWarps;
+          if (q >= G::kPlane) return;
+          const int oy = 2 * (2 * (q / kSide) + py) + ky - G::kPad, ox = 2 * (2 * (q % kSide) + px) + kx - G::kPad;
+          const int pixel = lane < G::kTaps ? position_in(oy, ox, G::kH3) : kNone;
+          load_matrix_transposed(b[n], shared(pixel == kNone ? G::kZero : G::kImage + pixel * G::kSlot));
+          mask[n] = load_shared(plane_mask(py, px, q)) >> (4 * first_tile);
+        });
+        static_for<kTogether>([&](auto n) {
+          const int q = first + n * kWarps;
+          if (q >= G::kPlane) return;
+          float sum[kTiles][4] = {};
+          static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[m], a[m][0], b[n][0], b[n][1]); });
+          static_for<kTiles>([&](auto m) { multiply_accumulate<S>(sum[m], a[m][1], b[n][2], b[n][3]); });
+          static_for<kTiles>([&](auto m) {
+            store_masked(G::kHidden, q * G::kPlaneBytes, first_tile + m, sum[m], mask[n] >> (4 * m));
+          });
+        });
+      }
     }
   }
 
@@ -528,11 +567,11 @@ struct Fused {
       store_shared(reinterpret_cast<Vec4*>(shared(G::kZero)) + i, Vec4{0, 0, 0, 0});
 
     for (int step = 0; step < p.call.steps; ++step) {
-      start_image();
+      apart<&Fused::start_image>(params);
       sync_block();
-      linear();
+      apart<&Fused::linear>(params);
       sync_block();
-      remember_hidden();
+      apart<&Fused::remember_hidden>(params);
       first();
       sync_block();
       DEFGAN_NO_UNROLL
@@ -542,12 +581,12 @@ struct Fused {
           apart<&Fused::template plane_forward<group>>(params, py, px, half);
         });
         sync_block();
-        plane_columns(py, px);
+        apart<&Fused::plane_columns>(params, py, px);
         sync_block();
-        collect(py, px);
+        apart<&Fused::collect>(params, py, px);
         sync_block();
       }
-      image_to_gradient(first_row);
+      apart<&Fused::image_to_gradient>(params, first_row);
       sync_block();
       DEFGAN_NO_UNROLL
       for (int channels = 0; channels < 2; ++channels)
@@ -557,7 +596,7 @@ struct Fused {
       sync_block();
       apart<&Fused::first_backward>(params);
       sync_block();
-      if (has_latents) update_latents(step);
+      if (has_latents) apart<&Fused::update_latents>(params, step);
     }
     if (has_latents) write_latents(first_row);
   }

@@ -4,10 +4,11 @@
 //   sum[channel][position, row] = sum over taps of W[matrix of the tap][channel][:] * source[position of the tap][row][:]
 //
 // In 16 bits weights are A fragments and activations B fragments, both stored as lanes hold them (layout.h), so a load
-// is 16 bytes a lane and 512 contiguous bytes a warp. A ring of kDepth steps (32 source channels each) is in flight, and
-// a step is loads, products and a few additions to pointers: with eight warps on a multiprocessor every instruction
-// counts. Activations are read through L1, since the warps of a block share positions; the team's barrier makes what
-// other multiprocessors wrote visible.
+// is 16 bytes a lane and 512 contiguous bytes a warp. Several steps (32 source channels each) are in flight at a time, by
+// asynchronous copies into a ring of the warp's own in shared memory: loads into registers share six scoreboards, and in
+// a loop with branches the compiler gave all of them one, so that waiting for the oldest was waiting for the newest.
+// Copies go through L1, since the warps of a block share operands; the team's barrier makes what other multiprocessors
+// wrote visible. A lane copies what it will read itself, so a warp needs no barrier.
 // The order of summation is the tables': taps in order, channels ascending, one accumulator, or kChains of them taken in
 // turn by 16 channels and added pairwise at the end.
 #pragma once
@@ -166,22 +167,32 @@ DEFGAN_DEVICE void finish_fragment(const Product& p, int tile, int position, int
   store_global(piece, Vec2{low, high});
 }
 
-// A tile of kTiles x 16 channels by kColumns columns.
-template <class S, int kTiles, int kColumns, int kDepth, int kChainCount>
+// A tile of kTiles x 16 channels by kColumns columns; kRing: bytes of the warp's ring.
+template <class S, int kTiles, int kColumns, int kRing, int kChainCount>
 struct TensorTile {
-  static_assert(kChainCount == 1 || (kChainCount == 4 && kDepth % 2 == 0), "a step holds two of four chains");
+  static_assert(kChainCount == 1 || kChainCount == 4, "a step holds two of four chains");
   static constexpr int kChannels = kTiles * 16;
   static constexpr int kWidth = kColumns;
+  // Of one step: operands, and the products' time in clocks (8 each; two halves of one sum wait for each other).
+  static constexpr int kStepBytes = (kTiles * 2 + kColumns) * Storage<S>::kBlockBytes;
+  static constexpr int kStepClocks = kTiles * kColumns * 16 > 66 ? kTiles * kColumns * 16 : 66;
+  static constexpr int kDepth = kRing / kStepBytes;
+  static_assert(kDepth >= 2);
+  static constexpr int kStepLatency = 650 / (kDepth - 1);
 
   DEFGAN_DEVICE_NOINLINE static void run(const Product& shared_product, int number, int block, int first, int lane) {
     const Product p = shared_product;
     const PositionClass c = class_of(p, number);
+    int position[kColumns];  // needed last, and asked for first: it comes from L2
+    static_for<kColumns>([&](auto i) {
+      const Column column(c, p.group_count, first + i);
+      position[i] = column.position < c.positions ? load_constant(p.index + c.position + column.position) : kNone;
+    });
     float sum[kColumns][kTiles][kChainCount][4] = {};
     accumulate(p, c, block * kTiles, first, lane, sum);
     static_for<kColumns>([&](auto i) {
       const Column column(c, p.group_count, first + i);
-      if (column.position >= c.positions) return;
-      const int position = load_constant(p.index + c.position + column.position);
+      if (position[i] == kNone) return;
       static_for<kTiles>([&](auto m) {
         float total[4];
         static_for<4>([&](auto j) {
@@ -190,7 +201,7 @@ struct TensorTile {
           else
             total[j] = (sum[i][m][0][j] + sum[i][m][1][j]) + (sum[i][m][2][j] + sum[i][m][3][j]);
         });
-        finish_fragment<S>(p, block * kTiles + m, position, column.group, lane, total[0], total[1], total[2], total[3]);
+        finish_fragment<S>(p, block * kTiles + m, position[i], column.group, lane, total[0], total[1], total[2], total[3]);
       });
     });
   }
@@ -206,35 +217,59 @@ struct TensorTile {
     static_for<kColumns>([&](auto i) { column[i] = first + i; });
     Walk<kColumns, 2 * kFragment, kBlock> walk(p, c, column, chunks, p.weights + first_tile * tile_bytes + lane * 16,
                                                int64_t(s.destination_chunks) * 2 * tile_bytes, lane * 16);
-    Vec4 a[kDepth][kTiles][2], b[kDepth][kColumns];
-    const auto load = [&](auto slot) {
-      walk.advance();
+    const int ring = int(sizeof(TeamTables)) + thread_index() / kLanes * kRing + lane * 16;
+    int next_slot = 0, slot = 0;  // bytes into the ring, of the step to copy and of the one to read
+    int copied = 0;
+    const auto copy = [&] {
+      if (copied < steps) {
+        ++copied;
+        walk.advance();
+        char* const to = shared_memory() + (ring + next_slot);
+        static_for<kTiles>([&](auto m) {
+          copy_async_16(to + m * 2 * kFragment, walk.weights + m * tile_bytes);
+          copy_async_16(to + (m * 2 + 1) * kFragment, walk.weights + m * tile_bytes + kFragment);
+        });
+        static_for<kColumns>(
+            [&](auto i) { copy_async_16(to + kTiles * 2 * kFragment + i * kBlock, walk.source[i]); });
+        next_slot = next_slot + kStepBytes < kDepth * kStepBytes ? next_slot + kStepBytes : 0;
+      }
+      copy_async_commit();  // a group a step, also where there is nothing left: they are counted
+    };
+    Vec4 a[2][kTiles][2], b[2][kColumns];
+    const auto read = [&](auto to) {
+      const char* const from = shared_memory() + (ring + slot);
       static_for<kTiles>([&](auto m) {
-        const Vec4* const fragments = reinterpret_cast<const Vec4*>(walk.weights + m * tile_bytes);
-        a[slot][m][0] = load_constant(fragments);
-        a[slot][m][1] = load_constant(fragments + kLanes);
+        a[to][m][0] = load_shared(reinterpret_cast<const Vec4*>(from + m * 2 * kFragment));
+        a[to][m][1] = load_shared(reinterpret_cast<const Vec4*>(from + (m * 2 + 1) * kFragment));
       });
-      static_for<kColumns>(
-          [&](auto i) { b[slot][i] = load_global(reinterpret_cast<const Vec4*>(walk.source[i])); });
+      static_for<kColumns>([&](auto i) {
+        b[to][i] = load_shared(reinterpret_cast<const Vec4*>(from + kTiles * 2 * kFragment + i * kBlock));
+      });
+      slot = slot + kStepBytes < kDepth * kStepBytes ? slot + kStepBytes : 0;
     };
 
-    static_for<kDepth>([&](auto slot) { load(slot); });
+    static_for<kDepth - 1>([&](auto) { copy(); });
+    copy_async_wait<kDepth - 2>();
+    read(std::integral_constant<int, 0>{});
     DEFGAN_NO_UNROLL
-    for (int step = 0; step < steps; step += kDepth)
-      static_for<kDepth>([&](auto slot) {
-        if (step + slot >= steps) return;
-        constexpr int kFirst = kChainCount == 1 ? 0 : slot % 2 * 2, kSecond = kChainCount == 1 ? 0 : kFirst + 1;
+    for (int step = 0; step < steps; step += 2)
+      static_for<2>([&](auto j) {
+        if (step + j >= steps) return;
+        copy();  // into the slot that was read two steps ago
+        copy_async_wait<kDepth - 2>();
+        if (step + j + 1 < steps) read(std::integral_constant<int, 1 - j>{});
+        constexpr int kFirst = kChainCount == 1 ? 0 : j * 2, kSecond = kChainCount == 1 ? 0 : kFirst + 1;
         // All columns' first halves, then the second ones: neighbouring products are of different sums.
         static_for<kColumns>([&](auto i) {
           static_for<kTiles>(
-              [&](auto m) { multiply_accumulate<S>(sum[i][m][kFirst], a[slot][m][0], b[slot][i].x, b[slot][i].y); });
+              [&](auto m) { multiply_accumulate<S>(sum[i][m][kFirst], a[j][m][0], b[j][i].x, b[j][i].y); });
         });
         static_for<kColumns>([&](auto i) {
           static_for<kTiles>(
-              [&](auto m) { multiply_accumulate<S>(sum[i][m][kSecond], a[slot][m][1], b[slot][i].z, b[slot][i].w); });
+              [&](auto m) { multiply_accumulate<S>(sum[i][m][kSecond], a[j][m][1], b[j][i].z, b[j][i].w); });
         });
-        load(slot);
       });
+    copy_async_wait<0>();  // the next tile counts from none
   }
 };
 
@@ -304,60 +339,81 @@ struct ScalarTile {
   static constexpr int kChannels = kChunk;
   static constexpr int kWidth = kLaneColumns;
   static constexpr int kLaneChannels = kLaneColumns;  // lanes of a column: 32 / kLaneColumns
-  static constexpr int kUnit = kLaneColumns == 1 ? 4 : 1;  // source channels of a step
-  static constexpr int kDepth = 4;                         // steps in flight
+  // Of one source channel: operands, and the products' time in clocks.
+  static constexpr int kStepBytes = (kChannels + kLaneColumns * kGroupRows) * 4;
+  static constexpr int kStepClocks = kLaneChannels * kGroupRows;
+  static constexpr int kStepLatency = 0;
+  // Source channels that are loaded at a time, while those before them are multiplied. Padding makes them even units.
+  static constexpr int kUnit = kLaneColumns == 1 ? 8 : 2;
 
   DEFGAN_DEVICE_NOINLINE static void run(const Product& shared_product, int number, int block, int first, int lane) {
     const Product p = shared_product;
     const PositionClass c = class_of(p, number);
     constexpr int kColumnLanes = kLanes / kLaneColumns;
-    const int column = first + lane / kColumnLanes, channel = lane % kColumnLanes * kLaneChannels;
+    const int channel = lane % kColumnLanes * kLaneChannels;
+    const Column at(c, p.group_count, first + lane / kColumnLanes);
+    const bool real = at.position < c.positions;  // what is no column computes anything, and drops it
     ScalarSums<kLaneChannels> sums;
-    accumulate(p, c, block, column, channel, sums);
-    const Column at(c, p.group_count, column);
-    if (at.position >= c.positions) return;
-    sums.finish(p, load_constant(p.index + c.position + at.position), at.group, block * kChunk + channel);
+    accumulate(p, c, block, real ? at.position : 0, real ? at.group : 0, channel, sums);
+    if (real) sums.finish(p, load_constant(p.index + c.position + at.position), at.group, block * kChunk + channel);
   }
 
-  DEFGAN_DEVICE static void accumulate(const Product& p, const PositionClass& c, int block, int column, int channel,
-                                       ScalarSums<kLaneChannels>& sums) {
-    constexpr int kLine = kChunk * 4, kRows = kGroupRows * 4;  // bytes of a source channel's weights and activations
-    const Stage& s = stage_in(p.slot);
-    const int units = (s.source_channels + kUnit - 1) / kUnit, steps = c.taps * units;
-    if (steps == 0) return;  // positions that nothing reaches
-    const int64_t block_bytes = int64_t(s.source_chunks) * kChunk * kLine;
-    const int columns[1] = {column};
-    Walk<1, kUnit * kLine, kUnit * kRows> walk(p, c, columns, units, p.weights + block * block_bytes + channel * 4,
-                                               s.destination_chunks * block_bytes, 0);
-    float w[kDepth][kUnit][kLaneChannels];
-    Float4 x[kDepth][kUnit][2];
-    const auto load = [&](auto slot) {
-      walk.advance();
+  struct Operands {
+    float w[kUnit][kLaneChannels];
+    Float4 x[kUnit][2];
+
+    DEFGAN_DEVICE void load(const char* weights, const char* source) {
       static_for<kUnit>([&](auto k) {
-        const char* const weights = walk.weights + k * kLine;
+        const char* const line = weights + k * (kChunk * 4);
         if constexpr (kLaneChannels == 1) {
-          w[slot][k][0] = load_constant(reinterpret_cast<const float*>(weights));
+          w[k][0] = load_constant(reinterpret_cast<const float*>(line));
         } else {
           static_for<kLaneChannels / 4>([&](auto q) {
-            const Float4 four = load_constant(reinterpret_cast<const Float4*>(weights) + q);
-            w[slot][k][4 * q] = four.x, w[slot][k][4 * q + 1] = four.y;
-            w[slot][k][4 * q + 2] = four.z, w[slot][k][4 * q + 3] = four.w;
+            const Float4 four = load_constant(reinterpret_cast<const Float4*>(line) + q);
+            w[k][4 * q] = four.x, w[k][4 * q + 1] = four.y, w[k][4 * q + 2] = four.z, w[k][4 * q + 3] = four.w;
           });
         }
         static_for<2>([&](auto half) {
-          x[slot][k][half] = load_global(reinterpret_cast<const Float4*>(walk.source[0] + k * kRows) + half);
+          x[k][half] = load_global(reinterpret_cast<const Float4*>(source + k * (kGroupRows * 4)) + half);
         });
       });
-    };
+    }
+  };
 
-    static_for<kDepth>([&](auto slot) { load(slot); });
+  DEFGAN_DEVICE static void accumulate(const Product& p, const PositionClass& c, int block, int place, int group,
+                                       int channel, ScalarSums<kLaneChannels>& sums) {
+    if (c.taps == 0) return;  // positions that nothing reaches
+    constexpr int kWeightStep = kUnit * kChunk * 4, kSourceStep = kUnit * kGroupRows * 4;
+    const Stage& s = stage_in(p.slot);
+    const int units = (s.source_channels + 2 * kUnit - 1) / (2 * kUnit) * 2;
+    const int64_t block_bytes = int64_t(s.source_chunks) * kChunk * kChunk * 4;
+    const char* const first = p.weights + block * block_bytes + channel * 4;
+    const char* const buffers = p.groups + group * header().group_bytes;
+    const auto weights_of = [&](int tap) {
+      return first + load_constant(p.index + c.matrix + tap) * (s.destination_chunks * block_bytes);
+    };
+    const auto source_of = [&](int tap) {
+      return buffers + int64_t(load_constant(p.index + c.source + tap * c.positions + place)) * kSourceUnit;
+    };
+    const char *weights = weights_of(0), *source = source_of(0);
+    Operands operands[2];
+    operands[0].load(weights, source);
     DEFGAN_NO_UNROLL
-    for (int step = 0; step < steps; step += kDepth)
-      static_for<kDepth>([&](auto slot) {
-        if (step + slot >= steps) return;
-        static_for<kUnit>([&](auto k) { sums.add(w[slot][k], x[slot][k][0], x[slot][k][1]); });
-        load(slot);
-      });
+    for (int tap = 0; tap < c.taps; ++tap) {
+      // The last unit of a tap is followed by the first of the next one, the very last one by itself.
+      const int next = tap + 1 < c.taps ? tap + 1 : tap;
+      const char *const next_weights = weights_of(next), *const next_source = source_of(next);
+      DEFGAN_NO_UNROLL
+      for (int unit = 0; unit < units; unit += 2)
+        static_for<2>([&](auto j) {
+          const bool within = unit + j + 1 < units;
+          weights = within ? weights + kWeightStep : next_weights;
+          source = within ? source + kSourceStep : next_source;
+          operands[1 - j].load(weights, source);
+          static_for<kUnit>(
+              [&](auto k) { sums.add(operands[j].w[k], operands[j].x[k][0], operands[j].x[k][1]); });
+        });
+    }
   }
 };
 

@@ -102,7 +102,8 @@ void pack(Queue& queue, const Program& program, const char* tables, const std::v
 
 // One pass of the team kernel over all rows, in as many launches as the schedule's rows in flight make.
 void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_in_flight, int teams,
-               int blocks_per_team) {
+               int blocks_per_team, int ring) {
+  const int shared_bytes = team_shared_bytes(program.precision == Precision::kFloat32 ? 0 : ring);
   for (int64_t first = 0; first < p.call.rows; first += rows_in_flight) {
     const int64_t end = std::min<int64_t>(p.call.rows, first + rows_in_flight);
     TeamParams part = p;
@@ -113,7 +114,7 @@ void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_
     part.blocks_per_team = blocks_per_team;
     queue.clear(p.barriers, size_t(part.teams) * sizeof(TeamBarrier));
     queue.launch({KernelId::kTeam, program.precision, 0, &part, part.teams * blocks_per_team, kTeamThreads,
-                  kTeamSharedBytes, true});
+                  size_t(shared_bytes), true});
   }
 }
 
@@ -197,6 +198,7 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
                                                   : rows_per_launch(program, rows, max_rows);
   s.exact_rows_in_flight = rows_per_launch(program.float32(), rows, max_rows);
   s.exact_blocks = processors;
+  s.ring = device.shared_memory >= size_t(team_shared_bytes(kLongRing)) ? kLongRing : kShortRing;
   s.teams = 1;
   s.blocks_per_team = processors;
   if (s.mapping == Mapping::kSplit) {
@@ -246,7 +248,8 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   if (schedule.mapping == Mapping::kFused)
     run_fused(queue, program, p.weights, p.vectors, p.call, schedule.rows_in_flight);
   else
-    run_teams(queue, program, p, schedule.rows_in_flight, schedule.teams, schedule.blocks_per_team);
+    run_teams(queue, program, p, schedule.rows_in_flight, schedule.teams, schedule.blocks_per_team,
+              schedule.ring);
 
   // The error that picks the restart is float32 in every precision.
   p.tables = exact_tables;
@@ -256,7 +259,8 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   p.call.start = args.latents;
   p.call.start_per_image = 1;
   p.errors = args.errors;
-  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);
+  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks,
+            schedule.ring);
 }
 
 void decode(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
@@ -278,7 +282,8 @@ void decode(Queue& queue, const Program& program, const void* tables, const std:
   p.call.rows = int32_t(count);
   p.call.restarts = 1;
   p.decoded = images;
-  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);
+  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks,
+            schedule.ring);
 }
 
 }  // namespace defgan::cuda

@@ -13,15 +13,16 @@ namespace defgan::cuda {
 
 // Its stages are functions of their own: inlined into the loop over steps, what each of them can compute beforehand would
 // be computed there, and occupy registers that the tiles of products need.
-template <class S>
+// kRing: bytes of shared memory that each warp has for operands on their way.
+template <class S, int kRing>
 struct Team {
-  // Tiles, from many products to few: smaller ones where a stage would not give every warp of the team a task. Bits do
-  // not depend on the choice.
+  // Tiles, from many products to few. Bits do not depend on the choice.
   static constexpr bool kTensor = !std::is_same_v<S, float>;
-  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, 3, 1>, ScalarTile<8>>;
-  using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, 5, 1>, ScalarTile<1>>;
-  using Single = std::conditional_t<kTensor, TensorTile<S, 1, 1, 8, 1>, ScalarTile<1>>;
-  using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, 8, kChains>, ScalarTile<1>>;
+  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, kRing, 1>, ScalarTile<8>>;
+  using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, kRing, 1>, ScalarTile<1>>;
+  using Single = std::conditional_t<kTensor, TensorTile<S, 1, 1, kRing, 1>, ScalarTile<1>>;
+  using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, kRing, kChains>, ScalarTile<1>>;
+  enum : int { kWide, kNarrow, kSingle, kLong };
 
   const TeamParams& p;
   const int32_t* index;
@@ -109,46 +110,65 @@ struct Team {
   }
 
   template <class Tile>
+  DEFGAN_DEVICE int tile_count(const Stage& s) const {
+    int count = 0;
+    for (int n = 0; n < s.class_count; ++n)
+      count += tiles_across<Tile>(load_constant(&classes_of(s)[n].positions)) * blocks_of<Tile>(s);
+    return count;
+  }
+  DEFGAN_DEVICE const PositionClass* classes_of(const Stage& s) const {
+    return reinterpret_cast<const PositionClass*>(p.tables + header().classes) + s.classes;
+  }
+
+  // What a step of all of a stage's tiles costs about, in clocks of a Hopper: the multiprocessor's operands at the rate
+  // of L2, its warps' products, or what a warp has in flight at L2's latency.
+  template <class Tile>
+  DEFGAN_DEVICE int cost(const Stage& s) const {
+    const int tiles = tile_count<Tile>(s), warps = threads / kLanes;
+    const int moved = (tiles + p.blocks_per_team - 1) / p.blocks_per_team * (Tile::kStepBytes / 48);
+    const int computed = (tiles + warps - 1) / warps * Tile::kStepClocks;
+    const int most = moved > computed ? moved : computed;
+    return most > Tile::kStepLatency ? most : Tile::kStepLatency;
+  }
+  DEFGAN_DEVICE int choose(const Stage& s) const {
+    if (kTensor && s.chains > 1) return kLong;
+    const int wide = cost<Wide>(s), narrow = cost<Narrow>(s), single = cost<Single>(s);
+    return wide <= narrow && wide <= single ? kWide : narrow <= single ? kNarrow : kSingle;
+  }
+  DEFGAN_DEVICE void choose_all(int stages) const {
+    for (int n = thread_index(); n < stages && n < kMaxChoices; n += block_threads()) {
+      const Stage s = load_table<Stage>(p.tables + header().stages + n * int64_t(sizeof(StageRecord)));
+      store_shared(&team_tables()->choice[n], s.kind == StageKind::kGemm ? choose(s) : 0);
+    }
+  }
+
+  template <class Tile>
   DEFGAN_DEVICE void multiply_tiles(const Stage& s, const Product& product) const {
-    const int warps = threads / kLanes;
-    int task = thread / kLanes;  // counted through all classes
-    for (int n = 0; n < s.class_count; ++n) {
+    const int warps = threads / kLanes, block = block_index() % p.blocks_per_team;
+    const int tiles_of_a_block = blocks_of<Tile>(s);
+    int count = 0;
+    for (int n = 0; n < s.class_count; ++n)
+      count += tiles_across<Tile>(class_of(product, n).positions) * tiles_of_a_block;
+    // Few tiles are spread over the multiprocessors; many go to neighbouring warps, which share operands in L1.
+    int task = count < warps ? thread_index() / kLanes * p.blocks_per_team + block : thread / kLanes;
+    for (int n = 0; n < s.class_count; ++n) {  // tasks are counted through all classes
       const int across = tiles_across<Tile>(class_of(product, n).positions);
-      const int tiles = across * blocks_of<Tile>(s);
+      const int tiles = across * tiles_of_a_block;
       for (; task < tiles; task += warps)
         Tile::run(product, n, task / across, task % across * Tile::kWidth, thread % kLanes);
       task -= tiles;
     }
   }
 
-  template <class Tile>
-  DEFGAN_DEVICE int tile_count(const Stage& s, const Product& product) const {
-    int count = 0;
-    for (int n = 0; n < s.class_count; ++n)
-      count += tiles_across<Tile>(class_of(product, n).positions) * blocks_of<Tile>(s);
-    return count;
-  }
-
-  DEFGAN_DEVICE void multiply(const Stage& s, int slot, float rate) const {
-    const Product product{slot,
-                          index,
-                          reinterpret_cast<const PositionClass*>(p.tables + header().classes) + s.classes,
-                          p.weights + s.weights,
-                          p.vectors,
-                          buffers(0),
-                          groups,
-                          p.call.momentum,
-                          rate};
-    const int warps = threads / kLanes;
-    if (s.chains > 1) return multiply_tiles<Long>(s, product);
-    if constexpr (kTensor) {
-      if (tile_count<Wide>(s, product) >= warps) return multiply_tiles<Wide>(s, product);
-      if (tile_count<Narrow>(s, product) >= warps) return multiply_tiles<Narrow>(s, product);
-      multiply_tiles<Single>(s, product);
-    } else {
-      // A wide tile takes as long as eight narrow ones: worth it from where the narrow ones would keep all warps busy.
-      if (tile_count<Narrow>(s, product) >= warps) return multiply_tiles<Wide>(s, product);
-      multiply_tiles<Narrow>(s, product);
+  DEFGAN_DEVICE void multiply(int n, int slot, float rate) const {
+    const Stage& s = stage_in(slot);
+    const Product product{slot,       index,  classes_of(s),      p.weights + s.weights, p.vectors,
+                          buffers(0), groups, p.call.momentum, rate};
+    switch (n < kMaxChoices ? load_shared(&team_tables()->choice[n]) : choose(s)) {
+      case kWide: return multiply_tiles<Wide>(s, product);
+      case kNarrow: return multiply_tiles<Narrow>(s, product);
+      case kSingle: return multiply_tiles<Single>(s, product);
+      default: return multiply_tiles<Long>(s, product);
     }
   }
 
@@ -321,10 +341,10 @@ struct Team {
     }
   }
 
-  DEFGAN_DEVICE void run_stage(int slot, float rate) const {
+  DEFGAN_DEVICE void run_stage(int n, int slot, float rate) const {
     const Stage& s = stage_in(slot);
     switch (s.kind) {
-      case StageKind::kGemm: multiply(s, slot, rate); break;
+      case StageKind::kGemm: multiply(n, slot, rate); break;
       case StageKind::kMap: map(s, rate); break;
       case StageKind::kReorder: reorder(s, rate); break;
       case StageKind::kImage: image(s); break;
@@ -336,6 +356,7 @@ struct Team {
     const bool descend = p.purpose == Purpose::kDescend;
     const int stages = descend ? header().all_stages : header().forward_stages;
     bring_stage(0, 0);
+    choose_all(stages);
     sync_block();
     start();
     meet();
@@ -344,7 +365,7 @@ struct Team {
       const float rate = descend ? load_constant(p.call.rates + step) : 0.0f;
       for (int n = 0; n < stages; ++n) {
         bring_stage(n + 1 < stages ? n + 1 : 0, 1 - slot);
-        run_stage(slot, rate);
+        run_stage(n, slot, rate);
         meet();
         slot = 1 - slot;
       }
@@ -354,9 +375,9 @@ struct Team {
   }
 };
 
-template <class S>
+template <class S, int kRing>
 DEFGAN_DEVICE void team_kernel(const TeamParams& p) {
-  Team<S>(p).run();
+  Team<S, kRing>(p).run();
 }
 
 }  // namespace defgan::cuda
