@@ -47,15 +47,16 @@ def schedule(name: str, precision: str, rows: int, device: dict[str, Any], **opt
 @pytest.mark.parametrize(
     ("name", "precision", "rows", "device", "mapping"),
     [
-        ("mnist", "float16", 10, H100, "split"),
-        ("mnist", "float16", 160, H100, "split"),
+        ("mnist", "float16", 10, H100, "layered"),
+        ("mnist", "float16", 208, H100, "layered"),  # 26 groups of 132 multiprocessors
+        ("mnist", "float16", 216, H100, "fused"),
         ("mnist", "float16", 10_000, H100, "fused"),
         ("mnist", "bfloat16", 10_000, H100, "fused"),
         ("digits", "float16", 10_000, H100, "fused"),
         ("mnist", "float32", 10_000, H100, "layered"),
         ("mnist", "float16", 10_000, A100, "layered"),
         ("celeba", "float16", 10_000, H100, "layered"),
-        ("celeba", "float16", 10, H100, "split"),
+        ("celeba", "float16", 10, H100, "layered"),
     ],
 )
 def test_the_mapping_follows_the_work_and_the_device(
@@ -209,8 +210,9 @@ def test_errors_match_the_specification(name: str, precision: str, monkeypatch: 
     double = moving_generator(name).cuda().double()
     rates = reference.learning_rates(3, 10.0, 0.1, 0.8)
     _, expected = reference.project(double, images.double(), z0.double(), rates, 0.7)
-    # Median over rows, as in docs/numerics.md: one row on a ReLU's kink differs in any implementation.
-    tolerance = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 0.1}[precision]
+    # Median over rows, as in docs/numerics.md: one row on a ReLU's kink differs in any implementation. PyTorch's own
+    # network in 16 bits is 1e-2 to 3e-2 off after a few steps.
+    tolerance = {"float32": 1e-4, "float16": 4e-2, "bfloat16": 0.1}[precision]
     for mapping in available(name, precision):
         monkeypatch.setenv("DEFGAN_CUDA_MAPPING", mapping)
         projector = Projector(generator, steps=3, restarts=2, precision=precision, backend="cuda")

@@ -5,7 +5,8 @@ For each source and architecture: nvcc to PTX, whose directives tell a kernel's 
 report has registers, spills, stack and shared memory. A kernel fails for registers that its launch bounds cannot
 have, for spills or stack beyond a stated allowance, for static shared memory beyond what a block gets without asking
 for more, and for any warning of either tool, those about serialised tensor-core instructions (C7510 to C7519) by
-name, and for a path that the compiler has cut off as impossible. Prints a table, writes JSON. Nothing but the standard library, so it runs before anything is installed.
+name, and for a path that the compiler has cut off as impossible. Prints a table, writes JSON. Nothing but the standard
+library, so it runs before anything is installed.
 
     python3 tools/cuda_check.py [--arch 90 ...] [--jobs N] [--json FILE] [FILE.cu ...]
 """
@@ -100,12 +101,14 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int | None, int]]:
 
 
 def dead_ends(ptx: str) -> list[str]:
-    """The functions of a PTX text with a path that neither returns nor jumps, because the compiler thinks it impossible.
+    """The functions of a PTX text with a path that neither returns nor jumps: the compiler thinks it impossible.
 
     What a program does where it has no defined behaviour is cut off like this, and what nvcc mistakes for it.
     """
     found = []
-    for function in re.finditer(r"^(?:\.visible |\.weak )*\.(?:entry|func)\b[^;{]*?([\w$]+)\s*\(", ptx, re.MULTILINE):
+    for function in re.finditer(
+        r"^(?:\.visible |\.weak )*\.(?:entry|func)\b[^;{]*?([\w$]+)\s*\(", ptx, re.MULTILINE
+    ):
         body = ptx[function.end() : ptx.find("\n}", function.end())]
         if "{" not in body or ";" in body[: body.index("{")]:
             continue  # a declaration
@@ -205,7 +208,9 @@ def check_unit(
     else:
         text = ptx.read_text()
         bounds = launch_bounds(text)
-        failures += [f"a path of {name} ends nowhere: it was taken for impossible" for name in dead_ends(text)]
+        failures += [
+            f"a path of {name} ends nowhere: it was taken for impossible" for name in dead_ends(text)
+        ]
         status, said = run(
             [ptxas, "-v", "-O3", "-lineinfo", f"-arch=sm_{architecture}", "-o", str(cubin), str(ptx)]
         )

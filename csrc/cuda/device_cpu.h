@@ -103,6 +103,9 @@ inline float shuffle_xor(float value, int mask, Site site = Site::here()) {
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }
+inline int32_t shuffle_from(int32_t value, int lane, Site site = Site::here()) {
+  return static_cast<int32_t>(execution::shuffle_from(static_cast<uint32_t>(value), lane, site));
+}
 inline uint32_t transpose_8x8(uint32_t row, Site site = Site::here()) { return execution::transpose_8x8(row, site); }
 inline void load_matrix_transposed(uint32_t (&r)[4], const void* shared_row, Site site = Site::here()) {
   execution::load_matrix_transposed(r, shared_row, site);

@@ -191,6 +191,9 @@ DEFGAN_DEVICE void sync_team(TeamBarrier* barrier, int blocks) {
 
 DEFGAN_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// The value that lane `lane` has; the same lane for all.
+DEFGAN_DEVICE int32_t shuffle_from(int32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
 DEFGAN_DEVICE uint32_t transpose_8x8(uint32_t row) {
   uint32_t column;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(column) : "r"(row));

@@ -50,65 +50,68 @@ struct Column {
   }
 };
 
-// The operands' way through memory: kUnits steps to a tap, taps in order; of the kColumns columns that a lane reads.
-// A step reads the weights at `weights` and the activations at source[i].
-template <int kColumns, int kWeightStep, int kSourceStep>
+// The operands' way through memory: taps in order, kTiles weights of a tap's matrix and kColumns sources of it, each a
+// run of steps. All lanes of a warp go together; each has its own place within what it copies.
+template <int kTiles, int kColumns, int kWeightStep, int kSourceStep>
 struct Walk {
-  const char* weights;
+  // Where the next step is.
+  const char* weights[kTiles];
   const char* source[kColumns];
 
-  // `first`: of the matrix of number 0, what this lane reads first. `line`: the class's table of sources.
-  DEFGAN_DEVICE Walk(const Product& p, const PositionClass& c, const int (&column)[kColumns], int units,
-                     const char* first, int64_t matrix_bytes, int lane_bytes)
-      : first_(first),
-        matrix_bytes_(matrix_bytes),
-        matrices_(p.index + c.matrix),
-        line_(p.index + c.source),
-        positions_(c.positions),
-        taps_(c.taps),
-        units_(units) {
+  // `first`: this lane's place in the first tile of matrix 0. `lane_bytes`: the same in a source.
+  DEFGAN_DEVICE Walk(const Product& p, const PositionClass& c, int first_column, int steps_of_a_tap, const char* first,
+                     int tile_bytes, int64_t matrix_bytes, int lane_bytes)
+      : taps_(c.taps), steps_(steps_of_a_tap), first_(first), tile_bytes_(tile_bytes), matrix_bytes_(matrix_bytes) {
     const int64_t group_bytes = header().group_bytes;
+    matrices_ = p.index + c.matrix;
+    positions_ = c.positions;
     static_for<kColumns>([&](auto i) {
-      const Column at(c, p.group_count, column[i]);
-      place_[i] = at.position < c.positions ? at.position : 0;  // what is no column computes anything, and drops it
-      buffers_[i] = p.groups + (at.position < c.positions ? at.group : 0) * group_bytes + lane_bytes;
+      const Column at(c, p.group_count, first_column + i);
+      const bool real = at.position < c.positions;  // what is no column computes anything, and drops it
+      table_[i] = p.index + c.source + (real ? at.position : 0);
+      buffers_[i] = p.groups + (real ? at.group : 0) * group_bytes + lane_bytes;
     });
-    fetch();
+    look_up();
+    next_tap();
   }
 
-  // To the next step. Past the last one the last one comes again: cheaper than asking.
+  // Once for each step but the last.
   DEFGAN_DEVICE void advance() {
-    if (left_ > 0) {
-      --left_;
-      weights += kWeightStep;
-      static_for<kColumns>([&](auto i) { source[i] += kSourceStep; });
-    } else if (tap_ < taps_) {
-      ++tap_;
-      left_ = units_ - 1;
-      weights = first_ + next_matrix_ * matrix_bytes_;
-      static_for<kColumns>([&](auto i) { source[i] = buffers_[i] + int64_t(next_source_[i]) * kSourceUnit; });
-      fetch();
-    }
+    if (--left_ == 0) return next_tap();
+    static_for<kTiles>([&](auto m) { weights[m] += kWeightStep; });
+    static_for<kColumns>([&](auto i) { source[i] += kSourceStep; });
   }
 
  private:
-  // What the tap after the present one begins with, long before it is needed.
-  DEFGAN_DEVICE void fetch() {
-    if (tap_ >= taps_) return;
-    next_matrix_ = load_constant(matrices_ + tap_);
-    static_for<kColumns>([&](auto i) { next_source_[i] = load_constant(line_ + place_[i]); });
-    line_ += positions_;
+  // Each lane reads the tables for one of the next taps: one wait for memory for all of them.
+  DEFGAN_DEVICE void look_up() {
+    const int tap = tap_ + thread_index() % kLanes;
+    if (tap < taps_) {
+      matrix_ = load_constant(matrices_ + tap);
+      static_for<kColumns>([&](auto i) { at_[i] = load_constant(table_[i] + tap * positions_); });
+    }
+    sync_warp();
+  }
+  DEFGAN_DEVICE void next_tap() {
+    if (tap_ > 0 && tap_ % kLanes == 0) look_up();
+    const char* const matrix = first_ + shuffle_from(matrix_, tap_ % kLanes) * matrix_bytes_;
+    static_for<kTiles>([&](auto m) { weights[m] = matrix + m * tile_bytes_; });
+    static_for<kColumns>([&](auto i) {
+      source[i] = buffers_[i] + int64_t(shuffle_from(at_[i], tap_ % kLanes)) * kSourceUnit;
+    });
+    ++tap_;
+    left_ = steps_;
   }
 
+  int taps_, steps_, positions_;
+  int tap_ = 0, left_ = 0;
   const char* first_;
+  int tile_bytes_;
   int64_t matrix_bytes_;
   const int32_t* matrices_;
-  const int32_t* line_;
-  int positions_, taps_, units_;
-  int tap_ = 0, left_ = 0;
-  int place_[kColumns];
+  const int32_t* table_[kColumns];
   const char* buffers_[kColumns];
-  int32_t next_matrix_ = 0, next_source_[kColumns] = {};
+  int32_t matrix_ = 0, at_[kColumns] = {};  // of the tap that is this lane's
 };
 
 // Sums of rows 16 tile + lane / 4 (c[0], c[1]) and 8 more (c[2], c[3]) for rows 2 (lane % 4) and one more of a group.
@@ -173,15 +176,14 @@ struct TensorTile {
   static_assert(kChainCount == 1 || kChainCount == 4, "a step holds two of four chains");
   static constexpr int kChannels = kTiles * 16;
   static constexpr int kWidth = kColumns;
-  // Of one step: operands, and the products' time in clocks (8 each; two halves of one sum wait for each other).
+  // Of one step: its operands, and the clocks that a warp alone on its scheduler was seen to take for it on an H200
+  // (what its instructions wait for each other; two products of one sum are only a quarter of it).
   static constexpr int kStepBytes = (kTiles * 2 + kColumns) * Storage<S>::kBlockBytes;
-  static constexpr int kStepClocks = kTiles * kColumns * 16 > 66 ? kTiles * kColumns * 16 : 66;
+  static constexpr int kStepClocks = kColumns == 4 ? 650 : kColumns == 2 ? 400 : 240;
   static constexpr int kDepth = kRing / kStepBytes;
   static_assert(kDepth >= 2);
-  static constexpr int kStepLatency = 650 / (kDepth - 1);
 
-  DEFGAN_DEVICE_NOINLINE static void run(const Product& shared_product, int number, int block, int first, int lane) {
-    const Product p = shared_product;
+  DEFGAN_DEVICE static void run(const Product& p, int number, int block, int first, int lane) {
     const PositionClass c = class_of(p, number);
     int position[kColumns];  // needed last, and asked for first: it comes from L2
     static_for<kColumns>([&](auto i) {
@@ -213,25 +215,23 @@ struct TensorTile {
     const int chunks = s.source_chunks, steps = c.taps * chunks;
     if (steps == 0) return;  // positions that nothing reaches
     const int tile_bytes = chunks * 2 * kFragment;
-    int column[kColumns];
-    static_for<kColumns>([&](auto i) { column[i] = first + i; });
-    Walk<kColumns, 2 * kFragment, kBlock> walk(p, c, column, chunks, p.weights + first_tile * tile_bytes + lane * 16,
-                                               int64_t(s.destination_chunks) * 2 * tile_bytes, lane * 16);
+    Walk<kTiles, kColumns, 2 * kFragment, kBlock> walk(p, c, first, chunks,
+                                                       p.weights + first_tile * tile_bytes + lane * 16, tile_bytes,
+                                                       int64_t(s.destination_chunks) * 2 * tile_bytes, lane * 16);
     const int ring = int(sizeof(TeamTables)) + thread_index() / kLanes * kRing + lane * 16;
     int next_slot = 0, slot = 0;  // bytes into the ring, of the step to copy and of the one to read
-    int copied = 0;
+    int left = steps;
     const auto copy = [&] {
-      if (copied < steps) {
-        ++copied;
-        walk.advance();
+      if (left > 0) {
         char* const to = shared_memory() + (ring + next_slot);
         static_for<kTiles>([&](auto m) {
-          copy_async_16(to + m * 2 * kFragment, walk.weights + m * tile_bytes);
-          copy_async_16(to + (m * 2 + 1) * kFragment, walk.weights + m * tile_bytes + kFragment);
+          copy_async_16(to + m * 2 * kFragment, walk.weights[m]);
+          copy_async_16(to + (m * 2 + 1) * kFragment, walk.weights[m] + kFragment);
         });
         static_for<kColumns>(
             [&](auto i) { copy_async_16(to + kTiles * 2 * kFragment + i * kBlock, walk.source[i]); });
         next_slot = next_slot + kStepBytes < kDepth * kStepBytes ? next_slot + kStepBytes : 0;
+        if (--left > 0) walk.advance();
       }
       copy_async_commit();  // a group a step, also where there is nothing left: they are counted
     };
@@ -342,12 +342,10 @@ struct ScalarTile {
   // Of one source channel: operands, and the products' time in clocks.
   static constexpr int kStepBytes = (kChannels + kLaneColumns * kGroupRows) * 4;
   static constexpr int kStepClocks = kLaneChannels * kGroupRows;
-  static constexpr int kStepLatency = 0;
   // Source channels that are loaded at a time, while those before them are multiplied. Padding makes them even units.
   static constexpr int kUnit = kLaneColumns == 1 ? 8 : 2;
 
-  DEFGAN_DEVICE_NOINLINE static void run(const Product& shared_product, int number, int block, int first, int lane) {
-    const Product p = shared_product;
+  DEFGAN_DEVICE static void run(const Product& p, int number, int block, int first, int lane) {
     const PositionClass c = class_of(p, number);
     constexpr int kColumnLanes = kLanes / kLaneColumns;
     const int channel = lane % kColumnLanes * kLaneChannels;

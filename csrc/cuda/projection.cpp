@@ -182,17 +182,18 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
   else if (device.shared_memory < fused_shared_bytes(geometry))
     unfused = "a block may not have enough shared memory for the fused kernel";
 
-  // A block for every second multiprocessor keeps enough of them busy; below, blocks share the groups' work.
-  const bool many = groups * 2 > processors;
+  // Measured on an H200 with the MNIST generator (docs/gpu.md): a fused block takes as long for one group as for all
+  // that fit side by side, the layered kernel as long from about a fifth of them on. Split never won.
+  const bool many = groups * 5 > processors;
   if (wanted == Mapping::kFused && !unfused.empty())
     throw std::invalid_argument("mapping \"fused\" was asked for, but " + unfused);
   s.mapping = wanted;
   s.reason = "asked for";
   if (wanted == Mapping::kAuto) {
-    s.mapping = !many ? Mapping::kSplit : unfused.empty() ? Mapping::kFused : Mapping::kLayered;
-    s.reason = !many             ? "fewer groups of 8 rows than half the multiprocessors"
-               : unfused.empty() ? "groups enough for the multiprocessors"
-                                 : unfused;
+    s.mapping = many && unfused.empty() ? Mapping::kFused : Mapping::kLayered;
+    s.reason = !unfused.empty() ? unfused
+               : many           ? "groups of 8 rows for a fifth of the multiprocessors and more"
+                                : "fewer groups of 8 rows than a fifth of the multiprocessors";
   }
   s.rows_in_flight = s.mapping == Mapping::kFused ? std::max<int64_t>(1, max_rows > 0 ? std::min(rows, max_rows) : rows)
                                                   : rows_per_launch(program, rows, max_rows);

@@ -121,14 +121,13 @@ struct Team {
   }
 
   // What a step of all of a stage's tiles costs about, in clocks of a Hopper: the multiprocessor's operands at the rate
-  // of L2, its warps' products, or what a warp has in flight at L2's latency.
+  // of L2 (48 bytes a clock), or its warps' rounds.
   template <class Tile>
   DEFGAN_DEVICE int cost(const Stage& s) const {
     const int tiles = tile_count<Tile>(s), warps = threads / kLanes;
     const int moved = (tiles + p.blocks_per_team - 1) / p.blocks_per_team * (Tile::kStepBytes / 48);
     const int computed = (tiles + warps - 1) / warps * Tile::kStepClocks;
-    const int most = moved > computed ? moved : computed;
-    return most > Tile::kStepLatency ? most : Tile::kStepLatency;
+    return moved > computed ? moved : computed;
   }
   DEFGAN_DEVICE int choose(const Stage& s) const {
     if (kTensor && s.chains > 1) return kLong;

@@ -34,7 +34,7 @@ const char* name_of(Meeting meeting) {
   switch (meeting) {
     case Meeting::kNone: return "nothing";
     case Meeting::kSyncWarp: return "sync_warp";
-    case Meeting::kShuffle: return "shuffle_xor";
+    case Meeting::kShuffle: return "a shuffle";
     case Meeting::kTranspose: return "transpose_8x8";
     case Meeting::kLoadMatrix: return "load_matrix_transposed";
     case Meeting::kMultiply: return "multiply_accumulate";
@@ -793,6 +793,13 @@ uint32_t shuffle_xor(uint32_t value, int mask, Site site) {
   me.warp->in[me.lane] = value;
   executor->meet_as_warp(Meeting::kShuffle, site, [](Warp& warp) { std::memcpy(warp.out, warp.in, sizeof(warp.out)); });
   return me.warp->out[(me.lane ^ mask) % kWarpThreads];
+}
+
+uint32_t shuffle_from(uint32_t value, int lane, Site site) {
+  Thread& me = executor->self();
+  me.warp->in[me.lane] = value;
+  executor->meet_as_warp(Meeting::kShuffle, site, [](Warp& warp) { std::memcpy(warp.out, warp.in, sizeof(warp.out)); });
+  return me.warp->out[lane % kWarpThreads];
 }
 
 uint32_t transpose_8x8(uint32_t row, Site site) {

@@ -35,6 +35,7 @@ void sync_block(Site site);
 void sync_team(TeamBarrier* barrier, int blocks, Site site);
 
 uint32_t shuffle_xor(uint32_t value, int mask, Site site);
+uint32_t shuffle_from(uint32_t value, int lane, Site site);
 uint32_t transpose_8x8(uint32_t row, Site site);
 void load_matrix_transposed(uint32_t (&r)[4], const void* shared_row, Site site);
 enum class Format { kHalf, kBfloat16 };
