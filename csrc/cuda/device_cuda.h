@@ -117,9 +117,7 @@ DEFGAN_DEVICE void load_shared_word(uint32_t p, uint2& v) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "r"(p));
 }
 DEFGAN_DEVICE void load_shared_word(uint32_t p, uint4& v) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(p));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(p));
 }
 DEFGAN_DEVICE void store_shared_word(uint32_t p, unsigned short v) {
   asm volatile("st.shared.u16 [%0], %1;\n" ::"r"(p), "h"(v) : "memory");

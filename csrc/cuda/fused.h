@@ -205,7 +205,7 @@ struct Fused {
     return {f.matrix, -f.dy, -f.dx};
   }
   DEFGAN_DEVICE static int position_in(int y, int x, int extent) {
-    return y >= 0 && y < extent && x >= 0 && x < extent ? y * extent + x : kNone;
+    return unsigned(y) < unsigned(extent) && unsigned(x) < unsigned(extent) ? y * extent + x : kNone;
   }
   // Where the source at (y, x) of a region lies, positions `stride` bytes apart; of the zeros beyond the region's borders.
   template <int kExtent>
@@ -433,9 +433,8 @@ struct Fused {
           sum, tap_count(py) * tap_count(px), [&](int t) { return backward_tap(py, px, t); },
           [](const FusedTap& tap, auto i) {
             constexpr int q = kGroup * kPlaneColumns + i;
-            return q < G::kPlane
-                       ? source_in<kSide>(G::kHidden, q / kSide + tap.dy, q % kSide + tap.dx, G::kPlaneBytes)
-                       : G::kZero;
+            return q < G::kPlane ? source_in<kSide>(G::kHidden, q / kSide + tap.dy, q % kSide + tap.dx, G::kPlaneBytes)
+                                 : G::kZero;
           },
           p.second_back, kTiles1, first_tile, lane);
       sync_block();
@@ -577,9 +576,8 @@ struct Fused {
       DEFGAN_NO_UNROLL
       for (int phase = 0; phase < 4; ++phase) {
         const int py = phase / 2, px = phase % 2;
-        my_plane_part([&](auto group, int half) {
-          apart<&Fused::template plane_forward<group>>(params, py, px, half);
-        });
+        my_plane_part(
+            [&](auto group, int half) { apart<&Fused::template plane_forward<group>>(params, py, px, half); });
         sync_block();
         apart<&Fused::plane_columns>(params, py, px);
         sync_block();
@@ -590,9 +588,8 @@ struct Fused {
       sync_block();
       DEFGAN_NO_UNROLL
       for (int channels = 0; channels < 2; ++channels)
-        my_plane_part([&](auto group, int half) {
-          apart<&Fused::template second_backward<group>>(params, half, channels);
-        });
+        my_plane_part(
+            [&](auto group, int half) { apart<&Fused::template second_backward<group>>(params, half, channels); });
       sync_block();
       apart<&Fused::first_backward>(params);
       sync_block();

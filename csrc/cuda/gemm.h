@@ -3,12 +3,9 @@
 //
 //   sum[channel][position, row] = sum over taps of W[matrix of the tap][channel][:] * source[position of the tap][row][:]
 //
-// In 16 bits weights are A fragments and activations B fragments, both stored as lanes hold them (layout.h), so a load
-// is 16 bytes a lane and 512 contiguous bytes a warp. Several steps (32 source channels each) are in flight at a time, by
-// asynchronous copies into a ring of the warp's own in shared memory: loads into registers share six scoreboards, and in
-// a loop with branches the compiler gave all of them one, so that waiting for the oldest was waiting for the newest.
-// Copies go through L1, since the warps of a block share operands; the team's barrier makes what other multiprocessors
-// wrote visible. A lane copies what it will read itself, so a warp needs no barrier.
+// In 16 bits weights are A fragments and activations B fragments, both stored as lanes hold them (layout.h), so a load is
+// 16 bytes a lane and 512 contiguous bytes a warp, straight into registers. Loads go through L1, since the warps of a
+// block share operands; the team's barrier makes what other multiprocessors wrote visible.
 // The order of summation is the tables': taps in order, channels ascending, one accumulator, or kChains of them taken in
 // turn by 16 channels and added pairwise at the end.
 #pragma once
@@ -48,70 +45,6 @@ struct Column {
     position = at < c.positions ? at : c.positions;
     group = number - at * group_count;
   }
-};
-
-// The operands' way through memory: taps in order, kTiles weights of a tap's matrix and kColumns sources of it, each a
-// run of steps. All lanes of a warp go together; each has its own place within what it copies.
-template <int kTiles, int kColumns, int kWeightStep, int kSourceStep>
-struct Walk {
-  // Where the next step is.
-  const char* weights[kTiles];
-  const char* source[kColumns];
-
-  // `first`: this lane's place in the first tile of matrix 0. `lane_bytes`: the same in a source.
-  DEFGAN_DEVICE Walk(const Product& p, const PositionClass& c, int first_column, int steps_of_a_tap, const char* first,
-                     int tile_bytes, int64_t matrix_bytes, int lane_bytes)
-      : taps_(c.taps), steps_(steps_of_a_tap), first_(first), tile_bytes_(tile_bytes), matrix_bytes_(matrix_bytes) {
-    const int64_t group_bytes = header().group_bytes;
-    matrices_ = p.index + c.matrix;
-    positions_ = c.positions;
-    static_for<kColumns>([&](auto i) {
-      const Column at(c, p.group_count, first_column + i);
-      const bool real = at.position < c.positions;  // what is no column computes anything, and drops it
-      table_[i] = p.index + c.source + (real ? at.position : 0);
-      buffers_[i] = p.groups + (real ? at.group : 0) * group_bytes + lane_bytes;
-    });
-    look_up();
-    next_tap();
-  }
-
-  // Once for each step but the last.
-  DEFGAN_DEVICE void advance() {
-    if (--left_ == 0) return next_tap();
-    static_for<kTiles>([&](auto m) { weights[m] += kWeightStep; });
-    static_for<kColumns>([&](auto i) { source[i] += kSourceStep; });
-  }
-
- private:
-  // Each lane reads the tables for one of the next taps: one wait for memory for all of them.
-  DEFGAN_DEVICE void look_up() {
-    const int tap = tap_ + thread_index() % kLanes;
-    if (tap < taps_) {
-      matrix_ = load_constant(matrices_ + tap);
-      static_for<kColumns>([&](auto i) { at_[i] = load_constant(table_[i] + tap * positions_); });
-    }
-    sync_warp();
-  }
-  DEFGAN_DEVICE void next_tap() {
-    if (tap_ > 0 && tap_ % kLanes == 0) look_up();
-    const char* const matrix = first_ + shuffle_from(matrix_, tap_ % kLanes) * matrix_bytes_;
-    static_for<kTiles>([&](auto m) { weights[m] = matrix + m * tile_bytes_; });
-    static_for<kColumns>([&](auto i) {
-      source[i] = buffers_[i] + int64_t(shuffle_from(at_[i], tap_ % kLanes)) * kSourceUnit;
-    });
-    ++tap_;
-    left_ = steps_;
-  }
-
-  int taps_, steps_, positions_;
-  int tap_ = 0, left_ = 0;
-  const char* first_;
-  int tile_bytes_;
-  int64_t matrix_bytes_;
-  const int32_t* matrices_;
-  const int32_t* table_[kColumns];
-  const char* buffers_[kColumns];
-  int32_t matrix_ = 0, at_[kColumns] = {};  // of the tap that is this lane's
 };
 
 // Sums of rows 16 tile + lane / 4 (c[0], c[1]) and 8 more (c[2], c[3]) for rows 2 (lane % 4) and one more of a group.
@@ -170,18 +103,19 @@ DEFGAN_DEVICE void finish_fragment(const Product& p, int tile, int position, int
   store_global(piece, Vec2{low, high});
 }
 
-// A tile of kTiles x 16 channels by kColumns columns; kRing: bytes of the warp's ring.
-template <class S, int kTiles, int kColumns, int kRing, int kChainCount>
+// A tile of kTiles x 16 channels by kColumns columns. kAtOnce steps (32 source channels each) are loaded, then multiplied:
+// L2's latency is paid once for all of them. A ring with loads ahead of the products does no better, since the compiler
+// lets all loads in a loop share one scoreboard, so that waiting for the oldest is waiting for the newest; nor does a ring
+// in shared memory, whose copies cost more instructions than there is work.
+template <class S, int kTiles, int kColumns, int kAtOnce, int kChainCount>
 struct TensorTile {
-  static_assert(kChainCount == 1 || kChainCount == 4, "a step holds two of four chains");
+  static_assert(kChainCount == 1 || (kChainCount == 4 && kAtOnce % 2 == 0), "a step holds two of four chains");
   static constexpr int kChannels = kTiles * 16;
   static constexpr int kWidth = kColumns;
-  // Of one step: its operands, and the clocks that a warp alone on its scheduler was seen to take for it on an H200
-  // (what its instructions wait for each other; two products of one sum are only a quarter of it).
+  // Of one step: its operands, and about how many clocks a warp takes for it that has its scheduler for itself: its share
+  // of L2's latency, and its products (8 clocks each, 33 between two of one sum).
   static constexpr int kStepBytes = (kTiles * 2 + kColumns) * Storage<S>::kBlockBytes;
-  static constexpr int kStepClocks = kColumns == 4 ? 650 : kColumns == 2 ? 400 : 240;
-  static constexpr int kDepth = kRing / kStepBytes;
-  static_assert(kDepth >= 2);
+  static constexpr int kStepClocks = 700 / kAtOnce + (kTiles * kColumns * 16 > 66 ? kTiles * kColumns * 16 : 66);
 
   DEFGAN_DEVICE static void run(const Product& p, int number, int block, int first, int lane) {
     const PositionClass c = class_of(p, number);
@@ -191,7 +125,7 @@ struct TensorTile {
       position[i] = column.position < c.positions ? load_constant(p.index + c.position + column.position) : kNone;
     });
     float sum[kColumns][kTiles][kChainCount][4] = {};
-    accumulate(p, c, block * kTiles, first, lane, sum);
+    for (int tap = 0; tap < c.taps; tap += kLanes) accumulate(p, c, tap, block * kTiles, first, lane, sum);
     static_for<kColumns>([&](auto i) {
       const Column column(c, p.group_count, first + i);
       if (position[i] == kNone) return;
@@ -203,73 +137,71 @@ struct TensorTile {
           else
             total[j] = (sum[i][m][0][j] + sum[i][m][1][j]) + (sum[i][m][2][j] + sum[i][m][3][j]);
         });
-        finish_fragment<S>(p, block * kTiles + m, position[i], column.group, lane, total[0], total[1], total[2], total[3]);
+        finish_fragment<S>(p, block * kTiles + m, position[i], column.group, lane, total[0], total[1], total[2],
+                           total[3]);
       });
     });
   }
 
-  DEFGAN_DEVICE static void accumulate(const Product& p, const PositionClass& c, int first_tile, int first, int lane,
-                                       float (&sum)[kColumns][kTiles][kChainCount][4]) {
-    constexpr int kFragment = Storage<S>::kFragmentBytes, kBlock = Storage<S>::kBlockBytes;
+  // Taps first_tap to first_tap + 31, as far as there are so many.
+  DEFGAN_DEVICE static void accumulate(const Product& p, const PositionClass& c, int first_tap, int first_tile,
+                                       int first, int lane, float (&sum)[kColumns][kTiles][kChainCount][4]) {
+    constexpr int kFragment = Storage<S>::kFragmentBytes, kUnits = Storage<S>::kBlockBytes / kSourceUnit;
     const Stage& s = stage_in(p.slot);
-    const int chunks = s.source_chunks, steps = c.taps * chunks;
-    if (steps == 0) return;  // positions that nothing reaches
-    const int tile_bytes = chunks * 2 * kFragment;
-    Walk<kTiles, kColumns, 2 * kFragment, kBlock> walk(p, c, first, chunks,
-                                                       p.weights + first_tile * tile_bytes + lane * 16, tile_bytes,
-                                                       int64_t(s.destination_chunks) * 2 * tile_bytes, lane * 16);
-    const int ring = int(sizeof(TeamTables)) + thread_index() / kLanes * kRing + lane * 16;
-    int next_slot = 0, slot = 0;  // bytes into the ring, of the step to copy and of the one to read
-    int left = steps;
-    const auto copy = [&] {
-      if (left > 0) {
-        char* const to = shared_memory() + (ring + next_slot);
-        static_for<kTiles>([&](auto m) {
-          copy_async_16(to + m * 2 * kFragment, walk.weights[m]);
-          copy_async_16(to + (m * 2 + 1) * kFragment, walk.weights[m] + kFragment);
-        });
-        static_for<kColumns>(
-            [&](auto i) { copy_async_16(to + kTiles * 2 * kFragment + i * kBlock, walk.source[i]); });
-        next_slot = next_slot + kStepBytes < kDepth * kStepBytes ? next_slot + kStepBytes : 0;
-        if (--left > 0) walk.advance();
-      }
-      copy_async_commit();  // a group a step, also where there is nothing left: they are counted
-    };
-    Vec4 a[2][kTiles][2], b[2][kColumns];
-    const auto read = [&](auto to) {
-      const char* const from = shared_memory() + (ring + slot);
-      static_for<kTiles>([&](auto m) {
-        a[to][m][0] = load_shared(reinterpret_cast<const Vec4*>(from + m * 2 * kFragment));
-        a[to][m][1] = load_shared(reinterpret_cast<const Vec4*>(from + (m * 2 + 1) * kFragment));
-      });
-      static_for<kColumns>([&](auto i) {
-        b[to][i] = load_shared(reinterpret_cast<const Vec4*>(from + kTiles * 2 * kFragment + i * kBlock));
-      });
-      slot = slot + kStepBytes < kDepth * kStepBytes ? slot + kStepBytes : 0;
-    };
+    const int chunks = s.source_chunks, tile_bytes = chunks * 2 * kFragment;
+    const int matrix_bytes = s.destination_chunks * 2 * tile_bytes;
+    const int taps = c.taps - first_tap < kLanes ? c.taps - first_tap : kLanes;
+    const int steps = taps * chunks;
+    const char* const weights = p.weights + first_tile * tile_bytes + lane * 16;
 
-    static_for<kDepth - 1>([&](auto) { copy(); });
-    copy_async_wait<kDepth - 2>();
-    read(std::integral_constant<int, 0>{});
+    // Each lane has one tap's matrix and sources: one wait for memory for the tables of all.
+    const char* buffers[kColumns];
+    int matrix = 0, source[kColumns] = {};
+    if (lane < taps) matrix = load_constant(p.index + c.matrix + first_tap + lane);
+    static_for<kColumns>([&](auto i) {
+      const Column at(c, p.group_count, first + i);
+      const bool real = at.position < c.positions;  // what is no column computes anything, and drops it
+      buffers[i] = p.groups + (real ? at.group : 0) * header().group_bytes + lane * 16;
+      if (lane < taps)
+        source[i] = load_constant(p.index + c.source + (first_tap + lane) * c.positions + (real ? at.position : 0));
+    });
+    sync_warp();
+
+    int tap = 0, chunk = 0;  // of the step to load next
     DEFGAN_NO_UNROLL
-    for (int step = 0; step < steps; step += 2)
-      static_for<2>([&](auto j) {
-        if (step + j >= steps) return;
-        copy();  // into the slot that was read two steps ago
-        copy_async_wait<kDepth - 2>();
-        if (step + j + 1 < steps) read(std::integral_constant<int, 1 - j>{});
-        constexpr int kFirst = kChainCount == 1 ? 0 : j * 2, kSecond = kChainCount == 1 ? 0 : kFirst + 1;
+    for (int step = 0; step < steps; step += kAtOnce) {
+      Vec4 a[kAtOnce][kTiles][2], b[kAtOnce][kColumns];
+      static_for<kAtOnce>([&](auto n) {
+        const char* const fragments =
+            weights + int64_t(shuffle_from(matrix, tap)) * matrix_bytes + chunk * 2 * kFragment;
+        static_for<kTiles>([&](auto m) {
+          const Vec4* const at = reinterpret_cast<const Vec4*>(fragments + m * tile_bytes);
+          a[n][m][0] = load_constant(at);
+          a[n][m][1] = load_constant(at + kLanes);
+        });
+        static_for<kColumns>([&](auto i) {
+          const int unit = shuffle_from(source[i], tap) + chunk * kUnits;
+          b[n][i] = load_global(reinterpret_cast<const Vec4*>(buffers[i] + int64_t(unit) * kSourceUnit));
+        });
+        // Past the last step it is loaded again: cheaper than asking.
+        const bool more = step + n + 1 < steps, ends = chunk + 1 == chunks;
+        tap = more && ends ? tap + 1 : tap;
+        chunk = !more ? chunk : ends ? 0 : chunk + 1;
+      });
+      static_for<kAtOnce>([&](auto n) {
+        if (step + n >= steps) return;
+        constexpr int kFirst = kChainCount == 1 ? 0 : n % 2 * 2, kSecond = kChainCount == 1 ? 0 : kFirst + 1;
         // All columns' first halves, then the second ones: neighbouring products are of different sums.
         static_for<kColumns>([&](auto i) {
           static_for<kTiles>(
-              [&](auto m) { multiply_accumulate<S>(sum[i][m][kFirst], a[j][m][0], b[j][i].x, b[j][i].y); });
+              [&](auto m) { multiply_accumulate<S>(sum[i][m][kFirst], a[n][m][0], b[n][i].x, b[n][i].y); });
         });
         static_for<kColumns>([&](auto i) {
           static_for<kTiles>(
-              [&](auto m) { multiply_accumulate<S>(sum[i][m][kSecond], a[j][m][1], b[j][i].z, b[j][i].w); });
+              [&](auto m) { multiply_accumulate<S>(sum[i][m][kSecond], a[n][m][1], b[n][i].z, b[n][i].w); });
         });
       });
-    copy_async_wait<0>();  // the next tile counts from none
+    }
   }
 };
 
@@ -408,8 +340,7 @@ struct ScalarTile {
           weights = within ? weights + kWeightStep : next_weights;
           source = within ? source + kSourceStep : next_source;
           operands[1 - j].load(weights, source);
-          static_for<kUnit>(
-              [&](auto k) { sums.add(operands[j].w[k], operands[j].x[k][0], operands[j].x[k][1]); });
+          static_for<kUnit>([&](auto k) { sums.add(operands[j].w[k], operands[j].x[k][0], operands[j].x[k][1]); });
         });
     }
   }

@@ -54,7 +54,6 @@ struct Schedule {
   int teams = 0, blocks_per_team = 0;
   int64_t exact_rows_in_flight = 0;  // the same of the float32 pass that evaluates the errors, or decodes
   int exact_blocks = 0;
-  int ring = 0;  // bytes of shared memory for the operands of a warp of the layered and split kernels
   size_t workspace_bytes = 0;  // packed weights and activations
   std::string reason;          // one clause: why this mapping
 };

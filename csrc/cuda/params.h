@@ -4,7 +4,6 @@
 #include "device_types.h"
 #include "program.h"
 
-
 namespace defgan::cuda {
 
 constexpr int kLanes = 32;  // of a warp
@@ -18,22 +17,7 @@ struct TeamTables {
   StageRecord stages[2];
   int32_t choice[kMaxChoices];
 };
-static_assert(sizeof(TeamTables) % 16 == 0, "what follows it is copied in words of 16 bytes");
-// Behind it, in 16 bits, each warp's ring of operands on their way (gemm.h): long where a block may have enough shared
-// memory (8.0, 9.0, 10.0), short where it has at most 99 KB. Which one a launch has is told by its shared memory.
-constexpr int kLongRing = 18 << 10, kShortRing = 11 << 10;
-constexpr int team_shared_bytes(int ring) { return int(sizeof(TeamTables)) + kTeamThreads / kLanes * ring; }
-static_assert(team_shared_bytes(kLongRing) <= 163 * 1024 && team_shared_bytes(kShortRing) <= 99 * 1024);
-// Calls body(integral_constant<int, ring>) for a launch with that much shared memory; float32 has no ring.
-template <class S, class Body>
-void with_ring(size_t shared_bytes, const Body& body) {
-  if constexpr (std::is_same_v<S, float>)
-    body(std::integral_constant<int, 0>{});
-  else if (shared_bytes >= size_t(team_shared_bytes(kLongRing)))
-    body(std::integral_constant<int, kLongRing>{});
-  else
-    body(std::integral_constant<int, kShortRing>{});
-}
+constexpr int kTeamSharedBytes = sizeof(TeamTables);
 
 // Counts are int32, which the host makes sure of: 64-bit divisions are subroutine calls on a GPU, and would cost the
 // callers registers. Only offsets in bytes are int64.

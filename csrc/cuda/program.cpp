@@ -292,7 +292,7 @@ class Builder {
     pack.set_taps = add_table(taps);
     pack.set_norm = add_table(set_norm);
     pack.elements = int64_t(pack.matrices) * pack.rows * pack.columns;
-    if (pack.elements > int64_t(1) << 33)
+    if (pack.elements > int64_t(1) << 33 || int64_t(pack.rows) * pack.columns * 4 > std::numeric_limits<int32_t>::max())
       throw std::invalid_argument("plan: a weight has too many elements for the CUDA kernels");
     pack.weights = p_.weight_bytes;
     s.weights = pack.weights;

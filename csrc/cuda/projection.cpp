@@ -102,8 +102,7 @@ void pack(Queue& queue, const Program& program, const char* tables, const std::v
 
 // One pass of the team kernel over all rows, in as many launches as the schedule's rows in flight make.
 void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_in_flight, int teams,
-               int blocks_per_team, int ring) {
-  const int shared_bytes = team_shared_bytes(program.precision == Precision::kFloat32 ? 0 : ring);
+               int blocks_per_team) {
   for (int64_t first = 0; first < p.call.rows; first += rows_in_flight) {
     const int64_t end = std::min<int64_t>(p.call.rows, first + rows_in_flight);
     TeamParams part = p;
@@ -114,7 +113,7 @@ void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_
     part.blocks_per_team = blocks_per_team;
     queue.clear(p.barriers, size_t(part.teams) * sizeof(TeamBarrier));
     queue.launch({KernelId::kTeam, program.precision, 0, &part, part.teams * blocks_per_team, kTeamThreads,
-                  size_t(shared_bytes), true});
+                  kTeamSharedBytes, true});
   }
 }
 
@@ -199,7 +198,6 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
                                                   : rows_per_launch(program, rows, max_rows);
   s.exact_rows_in_flight = rows_per_launch(program.float32(), rows, max_rows);
   s.exact_blocks = processors;
-  s.ring = device.shared_memory >= size_t(team_shared_bytes(kLongRing)) ? kLongRing : kShortRing;
   s.teams = 1;
   s.blocks_per_team = processors;
   if (s.mapping == Mapping::kSplit) {
@@ -249,8 +247,7 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   if (schedule.mapping == Mapping::kFused)
     run_fused(queue, program, p.weights, p.vectors, p.call, schedule.rows_in_flight);
   else
-    run_teams(queue, program, p, schedule.rows_in_flight, schedule.teams, schedule.blocks_per_team,
-              schedule.ring);
+    run_teams(queue, program, p, schedule.rows_in_flight, schedule.teams, schedule.blocks_per_team);
 
   // The error that picks the restart is float32 in every precision.
   p.tables = exact_tables;
@@ -260,8 +257,7 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   p.call.start = args.latents;
   p.call.start_per_image = 1;
   p.errors = args.errors;
-  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks,
-            schedule.ring);
+  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);
 }
 
 void decode(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
@@ -283,8 +279,7 @@ void decode(Queue& queue, const Program& program, const void* tables, const std:
   p.call.rows = int32_t(count);
   p.call.restarts = 1;
   p.decoded = images;
-  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks,
-            schedule.ring);
+  run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);
 }
 
 }  // namespace defgan::cuda

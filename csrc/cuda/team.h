@@ -13,15 +13,14 @@ namespace defgan::cuda {
 
 // Its stages are functions of their own: inlined into the loop over steps, what each of them can compute beforehand would
 // be computed there, and occupy registers that the tiles of products need.
-// kRing: bytes of shared memory that each warp has for operands on their way.
-template <class S, int kRing>
+template <class S>
 struct Team {
   // Tiles, from many products to few. Bits do not depend on the choice.
   static constexpr bool kTensor = !std::is_same_v<S, float>;
-  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, kRing, 1>, ScalarTile<8>>;
-  using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, kRing, 1>, ScalarTile<1>>;
-  using Single = std::conditional_t<kTensor, TensorTile<S, 1, 1, kRing, 1>, ScalarTile<1>>;
-  using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, kRing, kChains>, ScalarTile<1>>;
+  using Wide = std::conditional_t<kTensor, TensorTile<S, 2, 4, 4, 1>, ScalarTile<8>>;
+  using Narrow = std::conditional_t<kTensor, TensorTile<S, 2, 2, 6, 1>, ScalarTile<1>>;
+  using Single = std::conditional_t<kTensor, TensorTile<S, 1, 1, 12, 1>, ScalarTile<1>>;
+  using Long = std::conditional_t<kTensor, TensorTile<S, 1, 1, 12, kChains>, ScalarTile<1>>;
   enum : int { kWide, kNarrow, kSingle, kLong };
 
   const TeamParams& p;
@@ -43,7 +42,9 @@ struct Team {
   }
 
   DEFGAN_DEVICE void meet() const { sync_team(barrier, p.blocks_per_team); }
-  DEFGAN_DEVICE char* buffers(int group) const { return p.groups + int64_t(first_group + group) * header().group_bytes; }
+  DEFGAN_DEVICE char* buffers(int group) const {
+    return p.groups + int64_t(first_group + group) * header().group_bytes;
+  }
   DEFGAN_DEVICE int row_of(int group, int row) const {
     return p.call.first_row + (first_group + group) * kGroupRows + row;
   }
@@ -161,8 +162,8 @@ struct Team {
 
   DEFGAN_DEVICE void multiply(int n, int slot, float rate) const {
     const Stage& s = stage_in(slot);
-    const Product product{slot,       index,  classes_of(s),      p.weights + s.weights, p.vectors,
-                          buffers(0), groups, p.call.momentum, rate};
+    const Product product{slot,   index,           classes_of(s), p.weights + s.weights, p.vectors, buffers(0),
+                          groups, p.call.momentum, rate};
     switch (n < kMaxChoices ? load_shared(&team_tables()->choice[n]) : choose(s)) {
       case kWide: return multiply_tiles<Wide>(s, product);
       case kNarrow: return multiply_tiles<Narrow>(s, product);
@@ -374,9 +375,9 @@ struct Team {
   }
 };
 
-template <class S, int kRing>
+template <class S>
 DEFGAN_DEVICE void team_kernel(const TeamParams& p) {
-  Team<S, kRing>(p).run();
+  Team<S>(p).run();
 }
 
 }  // namespace defgan::cuda

@@ -13,9 +13,9 @@ __global__ void __launch_bounds__(kPackThreads, 2) pack_entry(const __grid_const
 }
 
 // One block a multiprocessor: a warp's tile wants most of its registers.
-template <class S, int kRing>
+template <class S>
 __global__ void __launch_bounds__(kTeamThreads, 1) team_entry(const __grid_constant__ TeamParams p) {
-  team_kernel<S, kRing>(p);
+  team_kernel<S>(p);
 }
 
 template <class S>
@@ -29,14 +29,9 @@ void launch_team(const KernelLaunch& l, cudaStream_t stream) {
   // Cooperative: a barrier between blocks needs all of them to be resident.
   TeamParams p = *static_cast<const TeamParams*>(l.params);
   void* arguments[] = {&p};
-  with_ring<S>(l.shared_bytes, [&](auto ring) {
-    const auto entry = reinterpret_cast<const void*>(&team_entry<S, ring>);
-    check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)),
-          "asking for the team kernel's shared memory");
-    check(cudaLaunchCooperativeKernel(entry, dim3(unsigned(l.blocks)), dim3(unsigned(l.threads)), arguments,
-                                      l.shared_bytes, stream),
-          "launching the team kernel");
-  });
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(&team_entry<S>), dim3(unsigned(l.blocks)),
+                                    dim3(unsigned(l.threads)), arguments, l.shared_bytes, stream),
+        "launching the team kernel");
 }
 
 }  // namespace defgan::cuda

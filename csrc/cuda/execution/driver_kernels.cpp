@@ -10,9 +10,7 @@ namespace defgan::cuda {
 void DEFGAN_RUN(const KernelLaunch& l) {
   using S = DEFGAN_STORAGE;
   if (l.kernel == KernelId::kPack) return pack_kernel<S>(*static_cast<const PackParams*>(l.params));
-  if (l.kernel == KernelId::kTeam)
-    return with_ring<S>(l.shared_bytes,
-                     [&](auto ring) { team_kernel<S, ring>(*static_cast<const TeamParams*>(l.params)); });
+  if (l.kernel == KernelId::kTeam) return team_kernel<S>(*static_cast<const TeamParams*>(l.params));
   if constexpr (!std::is_same_v<S, float>)
     with_geometry(l.geometry,
                   [&](auto g) { fused_kernel<S, decltype(g)>(*static_cast<const FusedParams*>(l.params)); });
