@@ -46,6 +46,17 @@ PTX = """
 }
 """
 
+CUT = """
+__global__ void __launch_bounds__(32) impossible(float* data, int n) {
+  if (n > 3) {
+    data[threadIdx.x] = 1;
+    __syncthreads();
+    data[threadIdx.x + 32] = 2;
+    __builtin_unreachable();
+  }
+  data[threadIdx.x] = 3;
+}
+"""
 SPILLS = """
 __global__ void __launch_bounds__(1024, 2) spilling(float4* data, int n) {
   float4 sum[32];
@@ -86,13 +97,13 @@ def test_reports_are_read(cuda_check):
 def test_each_gate_names_what_it_found(cuda_check):
     first, layer, second = cuda_check.parse_ptxas(REPORT, "a.cu", 90)
     first.threads, second.threads = 512, 128
-    assert cuda_check.judge(first) == [
+    assert cuda_check.judge(first, spills=0, stack=128) == [
         "spills 64 bytes, allowed 0",
         "has a stack frame of 136 bytes, allowed 128",
         "uses 255 registers, 512 threads x 1 blocks a multiprocessor leave 128",
         "has 50000 bytes of static shared memory, at most 49152",
     ]
-    assert cuda_check.judge(layer) == ["spills 8 bytes, allowed 0"]
+    assert cuda_check.judge(layer, spills=0) == ["spills 8 bytes, allowed 0"]
     assert cuda_check.judge(second) == []
     second.threads, second.blocks = 1000, 2  # 1000 threads are 32 warps
     second.registers = 33
@@ -101,6 +112,16 @@ def test_each_gate_names_what_it_found(cuda_check):
     ]
     (serialised,) = cuda_check.warnings_in(REPORT)
     assert serialised.startswith("serialised tensor-core instructions (C7510)")
+
+
+def test_paths_that_end_nowhere_are_found(cuda_check):
+    declared = ".func _Z1ef\n(\n\t.param .b32 x\n)\n;\n"
+    whole = ".func _Z1ef(\n\t.param .b32 x\n)\n{\n\tret;\n\n}\n"
+    cut = ".visible .entry _Z1gPf(\n\t.param .u64 p\n)\n.maxntid 32\n{\n$L1:\n\tbar.sync \t0;\n$L2:\n\n}\n"
+    assert cuda_check.dead_ends(declared + whole) == []
+    assert cuda_check.dead_ends(declared + whole + cut) == ["_Z1gPf"]
+    # A prediction alone does not end a path.
+    assert cuda_check.dead_ends(cut.replace("$L2:", "@%p1 bra \t$L1;")) == ["_Z1gPf"]
 
 
 def test_fused_kernels_are_for_the_architectures_that_hold_them(cuda_check):
@@ -118,8 +139,9 @@ def test_fused_kernels_are_for_the_architectures_that_hold_them(cuda_check):
         (UNBOUNDED, 1, "doubling.* has no launch bounds"),
         (WARNS, 1, "warning #177-D"),
         (BROKEN, 1, 'error: identifier "y" is undefined'),
+        (CUT, 1, "a path of .*impossible.* ends nowhere"),
     ],
-    ids=["clean", "spills", "unbounded", "warns", "broken"],
+    ids=["clean", "spills", "unbounded", "warns", "broken", "cut"],
 )
 def test_planted_failures_are_caught(cuda_check, source, status, said, tmp_path, capfd):
     file, found = tmp_path / "planted.cu", tmp_path / "found.json"

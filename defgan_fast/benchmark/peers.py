@@ -109,11 +109,11 @@ def pytorch_peers(compiled: bool = True) -> list[Peer]:
 def gpu_peers(compiled: bool = True) -> list[Peer]:
     """PyTorch on a GPU, each way in the precision and layout that suit it.
 
-    float32 with TF32 in products and convolutions, as far as the caller allows it; float16 with channels_last, which
+    float32 with TF32 in products and convolutions, where the caller has allowed it ("tf32"); float16 with channels_last, which
     is what cuDNN's tensor-core kernels want.
     """
     peers = [
-        Peer("eager NCHW", "float32", _pytorch("float32", "NCHW", _eager_step)),
+        Peer("eager NCHW", "tf32", _pytorch("float32", "NCHW", _eager_step)),
         Peer("eager channels_last", "float16", _pytorch("float16", "channels_last", _eager_step)),
         Peer("CUDA graph channels_last", "float16", _graphed("float16", "channels_last")),
     ]
