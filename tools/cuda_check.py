@@ -38,9 +38,9 @@ ONLY = {"fused*.cu": (90, 100)}
 REGISTERS = 65_536  # of a multiprocessor, on all of these architectures
 REGISTERS_OF_A_THREAD = 255
 STATIC_SHARED = 48 * 1024  # more has to be asked for at launch
-# Bytes. A spilled word is a round trip to L1. The fused kernels' largest functions have sums that leave so few registers
-# that some are saved where a function begins, ends or goes to the next tap: 116 bytes at most, none within the loops of
-# products (looked at in the disassembly, nvdisasm -c: no LDL or STL between the first and the last HMMA of a loop).
+# Bytes. A spilled word is a round trip to L1. The fused kernels' largest functions have sums that leave so few
+# registers that some are saved where a function begins, ends or goes to the next tap: 116 bytes at most, none within
+# the loops of products (seen in the disassembly, nvdisasm -c: no LDL or STL between a loop's first and last HMMA).
 ALLOWED_SPILLS = 128
 ALLOWED_STACK = 192
 SERIALISED = re.compile(r"C75(?:1[0-9])")

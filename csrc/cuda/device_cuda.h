@@ -107,6 +107,11 @@ DEFGAN_DEVICE void store_global(T* p, const std::common_type_t<T>& value) {
 namespace detail {
 
 // volatile, so that a loop can say how far ahead of their use its operands are loaded.
+DEFGAN_DEVICE void load_shared_word(uint32_t p, unsigned char& v) {
+  unsigned short wide;
+  asm volatile("ld.shared.u8 %0, [%1];\n" : "=h"(wide) : "r"(p));
+  v = static_cast<unsigned char>(wide);
+}
 DEFGAN_DEVICE void load_shared_word(uint32_t p, unsigned short& v) {
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(v) : "r"(p));
 }
@@ -118,6 +123,9 @@ DEFGAN_DEVICE void load_shared_word(uint32_t p, uint2& v) {
 }
 DEFGAN_DEVICE void load_shared_word(uint32_t p, uint4& v) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(p));
+}
+DEFGAN_DEVICE void store_shared_word(uint32_t p, unsigned char v) {
+  asm volatile("st.shared.u8 [%0], %1;\n" ::"r"(p), "h"(static_cast<unsigned short>(v)) : "memory");
 }
 DEFGAN_DEVICE void store_shared_word(uint32_t p, unsigned short v) {
   asm volatile("st.shared.u16 [%0], %1;\n" ::"r"(p), "h"(v) : "memory");
@@ -154,9 +162,9 @@ DEFGAN_DEVICE const T& view_shared(const T* p) {
   return *p;
 }
 
-// Global to shared past the registers, through L1 (cp.async.ca); both 16-byte aligned.
+// Global to shared past the registers (cp.async.cg); both 16-byte aligned.
 DEFGAN_DEVICE void copy_async_16(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;\n" ::"r"(detail::shared_address(shared)), "l"(global)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(detail::shared_address(shared)), "l"(global)
                : "memory");
 }
 DEFGAN_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

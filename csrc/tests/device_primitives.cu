@@ -58,7 +58,7 @@ __global__ void primitives(const char* constant, char* global, TeamBarrier* barr
   unpack2<S>(pack2<S>(sum[0], shuffle_xor(sum[1], 4)), low, high);
   sum[2] = exponential(low) + hyperbolic_tangent(high) + square_root(sum[2]) + fused_multiply_add(low, high, sum[3]);
   store_global(reinterpret_cast<float*>(global) + block_index() * block_threads() + thread_index(),
-               sum[2] + from_shared(shared));
+               sum[2] + from_shared(shared) + float(shuffle_from(thread_index(), 3)));
   store_global(reinterpret_cast<uint16_t*>(global) + 8192 + thread_index(), to_bits<S>(low));
 }
 

@@ -783,6 +783,7 @@ void matrix_moves() {
         CHECK(transpose_8x8(transpose_8x8(row)) == row, "lane %d: twice", lane);
         for (const int mask : {1, 2, 4, 8, 16, 31})
           CHECK(shuffle_xor(static_cast<float>(lane), mask) == static_cast<float>(lane ^ mask), "shuffle %d", mask);
+        for (const int from : {0, 1, 17, 31}) CHECK(shuffle_from(-lane, from) == -from, "shuffle from %d", from);
       },
       0);
   CHECK(message.empty(), "%s", message.c_str());

@@ -109,8 +109,8 @@ def pytorch_peers(compiled: bool = True) -> list[Peer]:
 def gpu_peers(compiled: bool = True) -> list[Peer]:
     """PyTorch on a GPU, each way in the precision and layout that suit it.
 
-    float32 with TF32 in products and convolutions, where the caller has allowed it ("tf32"); float16 with channels_last, which
-    is what cuDNN's tensor-core kernels want.
+    float32 with TF32 in products and convolutions, where the caller has allowed it ("tf32"); float16 with
+    channels_last, which is what cuDNN's tensor-core kernels want.
     """
     peers = [
         Peer("eager NCHW", "tf32", _pytorch("float32", "NCHW", _eager_step)),

@@ -48,11 +48,12 @@ def test_accesses_name_their_memory(tmp_path: Path) -> None:
     assert len(re.findall(r"ld\.shared\.u8", ptx)) == 2
     for instruction in (
         "ld.global.nc.v4.u32",  # load_constant: the read-only path
-        "ld.global.cg.v4.u32",  # load_global: L2, where other blocks' stores are
+        "ld.global.v4.u32",  # load_global: through L1, which the team's barrier empties
         "st.global.cg.v4.u32",
         "ld.shared.v4.u32",
         "st.shared.v4.u32",
-        "ld.shared.f32",
+        "ld.shared.u32",
+        "shfl.sync.idx.b32",
         "cp.async.cg.shared.global",
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16",
         "movmatrix.sync.aligned.m8n8.trans.b16",

@@ -28,13 +28,25 @@ constexpr int kMaxBlockThreads = 1024;
 constexpr int kMaxResidentThreads = 16 * 1024;
 constexpr uint32_t kAllLanes = ~0u;
 
-enum class Meeting { kNone, kSyncWarp, kShuffle, kTranspose, kLoadMatrix, kMultiply, kSyncBlock, kSyncTeam, kEnd };
+enum class Meeting {
+  kNone,
+  kSyncWarp,
+  kShuffle,
+  kShuffleFrom,
+  kTranspose,
+  kLoadMatrix,
+  kMultiply,
+  kSyncBlock,
+  kSyncTeam,
+  kEnd
+};
 
 const char* name_of(Meeting meeting) {
   switch (meeting) {
     case Meeting::kNone: return "nothing";
     case Meeting::kSyncWarp: return "sync_warp";
-    case Meeting::kShuffle: return "a shuffle";
+    case Meeting::kShuffle: return "shuffle_xor";
+    case Meeting::kShuffleFrom: return "shuffle_from";
     case Meeting::kTranspose: return "transpose_8x8";
     case Meeting::kLoadMatrix: return "load_matrix_transposed";
     case Meeting::kMultiply: return "multiply_accumulate";
@@ -798,7 +810,8 @@ uint32_t shuffle_xor(uint32_t value, int mask, Site site) {
 uint32_t shuffle_from(uint32_t value, int lane, Site site) {
   Thread& me = executor->self();
   me.warp->in[me.lane] = value;
-  executor->meet_as_warp(Meeting::kShuffle, site, [](Warp& warp) { std::memcpy(warp.out, warp.in, sizeof(warp.out)); });
+  executor->meet_as_warp(Meeting::kShuffleFrom, site,
+                         [](Warp& warp) { std::memcpy(warp.out, warp.in, sizeof(warp.out)); });
   return me.warp->out[lane % kWarpThreads];
 }
 
