@@ -222,7 +222,6 @@ struct ScalarSums {
   DEFGAN_DEVICE void finish(const Product& p, int position, int group, int first_channel) {
     const Stage& s = stage_in(p.slot);
     char* const buffers = p.groups + int64_t(group) * header().group_bytes;
-    // Not unrolled beyond need: this is done once a tile, and the instructions of many copies would have to be fetched.
     static_for<kLaneChannels>([&](auto n) {
       const int channel = first_channel + n, line = channel % kChunk;
       char* const at = buffers + s.destination +
