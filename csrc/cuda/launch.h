@@ -21,7 +21,7 @@ enum class Mapping {
   kAuto,
   kFused,    // a block takes 8 rows through all steps, activations in shared memory; known geometries only
   kLayered,  // all blocks share every layer of all rows, with a barrier of the whole grid between layers
-  kSplit,    // teams of blocks, each with its own rows and its own barrier: low latency for few rows
+  kSplit,    // teams of blocks, each with its own rows and its own barrier; auto never takes it (docs/gpu.md)
 };
 
 // What planning needs to know of a device.

@@ -1,6 +1,6 @@
 // The layered and the split mapping: a team of blocks takes its groups of rows through all steps, stage by stage, with
-// a barrier of the team after each. One team of the whole grid shares every layer of all rows (layered); many teams
-// have a few groups each (split), which makes barriers cheap and keeps every multiprocessor busy with few rows.
+// a barrier of the team after each. One team of the whole grid shares every layer of all rows (layered), or many teams
+// have a few groups each (split), which was meant for few rows: but a barrier of 6 blocks costs what one of 132 does.
 // Within a stage warps take tiles of matrix products, threads take pieces of everything else. Activations live in
 // global memory, small enough for L2.
 //
@@ -11,8 +11,9 @@
 
 namespace defgan::cuda {
 
-// Its stages are functions of their own: inlined into the loop over steps, what each of them can compute beforehand would
-// be computed there, and occupy registers that the tiles of products need.
+// Stages other than products are functions of their own: inlined into the loop over steps, what each of them can compute
+// beforehand would be computed there, and occupy registers that the tiles of products need. Products are not: in a
+// function every access of global memory costs two instructions more.
 template <class S>
 struct Team {
   // Tiles, from many products to few. Bits do not depend on the choice.
