@@ -309,9 +309,9 @@ def descents(work: Any, steps: int, precision: str) -> tuple[Any, Any]:
     return reference.project(network, work.images, work.z0, rates, peers.MOMENTUM)
 
 
-# Problems that may be tried: a row on the kink of a ReLU is off in any implementation, and a case of one row, or by bad
-# luck of nine, can be such.
-DRAWS = 3
+# Problems that may be tried for a case, and more tries than one in all: a row on the kink of a ReLU is off in any
+# implementation, and a case of one row, or by bad luck of nine, can be such. A bug is not that rare.
+DRAWS, REDRAWS = 3, 5
 # Added to twice PyTorch's own error: a few roundings of the format, where PyTorch happens to be exact.
 EPSILON = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 
@@ -336,7 +336,7 @@ def correctness(found: Findings) -> None:
     all_steps, long, batch, in_flight = (
         ((1, 5), 20, 13, (None, 1, 7, 8, 20)) if on_gpu else ((1,), 1, 2, (4,))
     )
-    found["rows"] = []
+    found["rows"], found["redraws"] = [], 0
 
     def compare(
         name: str, generator: Any, shape: tuple[int, int], steps: int, precision: str, draw: int
@@ -386,7 +386,11 @@ def correctness(found: Findings) -> None:
             for draw in range(DRAWS):
                 if compare(name, generator, shape, steps, precision, draw):
                     break
+                if draw + 1 < DRAWS:
+                    found["redraws"] += 1
+                    print(f"    another problem for {name}, {shape}, {steps} steps, {precision}", flush=True)
         found.save()
+    found.expect(found["redraws"] <= REDRAWS, f"{found['redraws']} cases were too far off at first")
 
     # The same bits from run to run, at every place in the batch, for every size of what is in flight.
     generator = moving_generator("digits", seed=seed)
@@ -628,7 +632,7 @@ def profiled(found: Findings) -> None:
 
     generator = moving_generator("mnist")
     for chosen in mappings_for(generator, "float16"):
-        images = 106 if chosen == "fused" else 16
+        images = 105 if chosen == "fused" else 16  # 132 groups, one for each multiprocessor of an H100
         work = run.moved(run.problem(generator, images, RESTARTS), backend())
         with mapping(chosen):
             projection(work.generator, work, 3, "float16")

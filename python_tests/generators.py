@@ -247,6 +247,19 @@ def many_output_channels() -> nn.Module:
     )
 
 
+def many_positions_and_taps() -> nn.Module:
+    """A Linear onto more positions, and a convolution of more taps, than kernels keep at hand at a time (64, 32)."""
+    return nn.Sequential(
+        nn.Linear(6, 3 * 9 * 10),
+        nn.Unflatten(1, (3, 9, 10)),
+        nn.ReLU(),
+        nn.Conv2d(3, 5, 7, padding=3),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(5, 1, 3, padding=1),
+        nn.Sigmoid(),
+    )
+
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "paper": PaperGenerator,
     "tensorflow": TensorFlowAligned,
@@ -268,6 +281,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "flattened": random_flattened,
     "three-channels-64": three_channels_64,
     "many-channels": many_output_channels,
+    "many-positions-and-taps": many_positions_and_taps,
 }
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +310,39 @@ def test_options_choose_the_cases(arguments, expected, monkeypatch):
         cli.main(["bench", *arguments])
     (cases,) = called.value.args
     assert {((case.images, case.restarts), case.precision) for case in cases} == expected
+
+
+WHOLE_TEST_SETS = Path(__file__).resolve().parent.parent / "bench" / "whole_test_sets.py"
+
+
+@pytest.mark.skipif(not WHOLE_TEST_SETS.is_file(), reason="needs the checkout")
+def test_whole_test_sets_are_measured_clean_and_attacked(tmp_path):
+    file = tmp_path / "new" / "result.json"
+    command = [
+        sys.executable,
+        str(WHOLE_TEST_SETS),
+        "--dataset",
+        "digits",
+        "--images",
+        "20",
+        "--steps",
+        "1",
+        "40",
+    ]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--json", str(file)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    alone, *rows = json.loads(file.read_text())["rows"]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [alone, *rows]
+    assert [(row["steps"], row["images_are"]) for row in rows] == [
+        (1, "clean"),
+        (1, "fgsm"),
+        (40, "clean"),
+        (40, "fgsm"),
+    ]
+    assert alone["classifier_clean"] > 0.9 > 0.5 > alone["classifier_attacked"]
+    first, _, clean, attacked = rows
+    assert clean["mean_error"] < first["mean_error"]
+    assert clean["accuracy"] > 0.9
+    assert attacked["accuracy"] > alone["classifier_attacked"]

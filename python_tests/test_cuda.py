@@ -48,8 +48,8 @@ def schedule(name: str, precision: str, rows: int, device: dict[str, Any], **opt
     ("name", "precision", "rows", "device", "mapping"),
     [
         ("mnist", "float16", 10, H100, "layered"),
-        ("mnist", "float16", 208, H100, "layered"),  # 26 groups of 132 multiprocessors
-        ("mnist", "float16", 216, H100, "fused"),
+        ("mnist", "float16", 264, H100, "layered"),  # 33 groups for 132 multiprocessors
+        ("mnist", "float16", 272, H100, "fused"),
         ("mnist", "float16", 10_000, H100, "fused"),
         ("mnist", "bfloat16", 10_000, H100, "fused"),
         ("digits", "float16", 10_000, H100, "fused"),

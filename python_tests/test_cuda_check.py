@@ -97,14 +97,16 @@ def test_reports_are_read(cuda_check):
 def test_each_gate_names_what_it_found(cuda_check):
     first, layer, second = cuda_check.parse_ptxas(REPORT, "a.cu", 90)
     first.threads, second.threads = 512, 128
-    assert cuda_check.judge(first, spills=0, stack=128) == [
+    assert cuda_check.judge(first) == [
         "spills 64 bytes, allowed 0",
         "has a stack frame of 136 bytes, allowed 128",
         "uses 255 registers, 512 threads x 1 blocks a multiprocessor leave 128",
         "has 50000 bytes of static shared memory, at most 49152",
     ]
-    assert cuda_check.judge(layer, spills=0) == ["spills 8 bytes, allowed 0"]
+    assert cuda_check.judge(layer) == ["spills 8 bytes, allowed 0"]
     assert cuda_check.judge(second) == []
+    layer.source = "fused_mnist.cu"  # some registers may be saved there
+    assert cuda_check.judge(layer) == []
     second.threads, second.blocks = 1000, 2  # 1000 threads are 32 warps
     second.registers = 33
     assert cuda_check.judge(second) == [

@@ -205,8 +205,8 @@ struct TensorTile {
   }
 };
 
-// Float32 on the ordinary units, fused multiply-adds, one chain. What the two tiles below share: a lane's sums of
-// kLaneChannels channels by the 8 rows of one column.
+// Float32 on the ordinary units, fused multiply-adds, one chain: a lane's sums of kLaneChannels channels by the 8
+// rows of one column.
 template <int kLaneChannels>
 struct ScalarSums {
   float sum[kLaneChannels][kGroupRows] = {};
@@ -273,8 +273,9 @@ struct ScalarTile {
   // Of one source channel: operands, and the products' time in clocks.
   static constexpr int kStepBytes = (kChannels + kLaneColumns * kGroupRows) * 4;
   static constexpr int kStepClocks = kLaneChannels * kGroupRows;
-  // Source channels that are loaded at a time, while those before them are multiplied. Padding makes them even units.
-  static constexpr int kUnit = kLaneColumns == 1 ? 8 : 2;
+  // Source channels that are loaded at a time, while those before them are multiplied. Both tiles take as many channels,
+  // padded with zeros, so that bits agree even where a product with a zero is not one (0 times infinity).
+  static constexpr int kUnit = kLaneColumns == 1 ? 8 : 2, kPadded = 16;
 
   DEFGAN_DEVICE static void run(const Product& p, int number, int block, int first, int lane) {
     const PositionClass c = class_of(p, number);
@@ -314,7 +315,7 @@ struct ScalarTile {
     if (c.taps == 0) return;  // positions that nothing reaches
     constexpr int kWeightStep = kUnit * kChunk * 4, kSourceStep = kUnit * kGroupRows * 4;
     const Stage& s = stage_in(p.slot);
-    const int units = (s.source_channels + 2 * kUnit - 1) / (2 * kUnit) * 2;
+    const int units = (s.source_channels + kPadded - 1) / kPadded * (kPadded / kUnit);
     const int64_t block_bytes = int64_t(s.source_chunks) * kChunk * kChunk * 4;
     const char* const first = p.weights + block * block_bytes + channel * 4;
     const char* const buffers = p.groups + group * header().group_bytes;

@@ -17,7 +17,7 @@ namespace defgan::cuda {
 constexpr int kGroupRows = 8;
 constexpr int kChunk = 32;           // channels of a block of storage (layout.h); channels are padded to whole ones
 constexpr int kMaxParameters = 256;  // their addresses travel as kernel arguments
-constexpr int kChains = 4;           // partial sums of a long dot product (Gemm::chains)
+constexpr int kChains = 4;           // partial sums of a long dot product (Stage::chains)
 constexpr int kMinChainChunks = 32;  // dot products of fewer chunks are taken in one chain
 constexpr int kSourceUnit = 256;     // bytes; every buffer and every block of storage begins at a multiple
 constexpr int kStagedClasses = 64;   // of a stage, which travel with it

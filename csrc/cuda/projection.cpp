@@ -181,9 +181,9 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
   else if (device.shared_memory < fused_shared_bytes(geometry))
     unfused = "a block may not have enough shared memory for the fused kernel";
 
-  // Measured on an H200 with the MNIST generator (docs/gpu.md): a fused block takes as long for one group as for all
-  // that fit side by side, the layered kernel as long from about a fifth of them on. Split never won.
-  const bool many = groups * 5 > processors;
+  // A fused block takes as long for one group as for all that fit side by side; the layered kernel takes longer from
+  // about a quarter of them on (docs/gpu.md: MNIST generator, H200, between 20 groups and 1,250 by interpolation).
+  const bool many = groups * 4 > processors;
   if (wanted == Mapping::kFused && !unfused.empty())
     throw std::invalid_argument("mapping \"fused\" was asked for, but " + unfused);
   s.mapping = wanted;
@@ -191,8 +191,8 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
   if (wanted == Mapping::kAuto) {
     s.mapping = many && unfused.empty() ? Mapping::kFused : Mapping::kLayered;
     s.reason = !unfused.empty() ? unfused
-               : many           ? "groups of 8 rows for a fifth of the multiprocessors and more"
-                                : "fewer groups of 8 rows than a fifth of the multiprocessors";
+               : many           ? "groups of 8 rows for a quarter of the multiprocessors and more"
+                                : "groups of 8 rows for a quarter of the multiprocessors at most";
   }
   s.rows_in_flight = s.mapping == Mapping::kFused ? std::max<int64_t>(1, max_rows > 0 ? std::min(rows, max_rows) : rows)
                                                   : rows_per_launch(program, rows, max_rows);

@@ -56,7 +56,7 @@ struct Team {
     if (i < int(sizeof(T) / 16))
       store_shared(reinterpret_cast<Vec4*>(to) + i, load_constant(reinterpret_cast<const Vec4*>(from) + i));
   }
-  // The slot of a stage is free since the barrier before the last one.
+  // The slot of a stage is free since the last barrier.
   DEFGAN_DEVICE void bring_stage(int n, int slot) const {
     static_assert(sizeof(StageRecord) / 16 <= kTeamThreads, "a thread brings one word");
     bring(&team_tables()->stages[slot], p.tables + header().stages + n * int64_t(sizeof(StageRecord)));

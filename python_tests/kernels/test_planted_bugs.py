@@ -256,8 +256,8 @@ BUGS = [
     Bug(
         "channels left out, float32",
         GEMM,
-        "(2 * kUnit) * 2;",
-        "(2 * kUnit) * 2 - 2 * PLANTED;",
+        "(kPadded / kUnit);",
+        "(kPadded / kUnit) - 2 * PLANTED;",
         "float32",
         (VALUES,),
     ),

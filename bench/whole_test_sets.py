@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whole test sets through the shipped networks: accuracy on reconstructions, clean and attacked.
 
-    DEFGAN_DATA=... python bench/test_sets.py --dataset mnist --dataset fashion_mnist --json FILE
+    DEFGAN_DATA=... python bench/whole_test_sets.py --dataset mnist --dataset fashion_mnist --json FILE
 
 The attack is FGSM with epsilon 0.3 against the undefended classifier (paper, section 5.1). 10,000 images of MNIST take
 seconds on a GPU and hours on two cores of a CPU: --images says how many of them.
@@ -45,8 +45,9 @@ def measure(name: str, steps: list[int], count: int | None, device: torch.device
             "classifier_attacked": accuracy(attacked),
         }
     ]
+    print(json.dumps(rows[0]), flush=True)
     for number in steps:
-        projector = Projector(generator, steps=number, restarts=10)
+        projector = Projector(generator, steps=number, restarts=10)  # its default seed
         for kind, given in (("clean", images), ("fgsm", attacked)):
             start = time.perf_counter()
             with torch.no_grad():
@@ -76,9 +77,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
+        "precision": "float16" if device.type == "cuda" else "float32",  # what "auto" means
         "restarts": 10,
         "epsilon": EPSILON,
         "rows": [],
@@ -86,7 +90,9 @@ def main() -> None:
     for name in args.dataset or ["digits"]:
         result["rows"] += measure(name, args.steps, args.images, device)
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            partial = args.json.with_name(args.json.name + ".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            partial.replace(args.json)
 
 
 if __name__ == "__main__":
