@@ -478,6 +478,24 @@ def sanitizer(found: Findings) -> None:
             found.save()
 
 
+def tests(found: Findings) -> None:
+    """The op's own tests that need a GPU: streams, captured graphs, waiting, overflow."""
+    if not gpu_here():
+        raise Skip("torch sees no GPU")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests/test_cuda.py"]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(5, found.left() - 3)
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or ""
+        found["said"] = said.decode() if isinstance(said, bytes) else said
+        found.expect(False, "the tests ran out of time")
+        return
+    found["said"] = done.stdout.splitlines()[-1:]
+    found.expect(done.returncode == 0, f"python_tests/test_cuda.py: {done.stdout[-1500:]}")
+
+
 # --- quality --------------------------------------------------------------------------------------------------
 
 
@@ -696,11 +714,12 @@ PARTS = (
     Part("card", card, 20),
     Part("ceilings", ceilings, 50),
     Part("build", build, 240),
-    Part("correctness", correctness, 75),
-    Part("sanitizer", sanitizer, 70),
-    Part("quality", quality, 30),
-    Part("timings", timings, 170),
-    Part("profile", profile, 60),
+    Part("correctness", correctness, 60),
+    Part("sanitizer", sanitizer, 50),
+    Part("quality", quality, 20),
+    Part("tests", tests, 45),
+    Part("timings", timings, 160),
+    Part("profile", profile, 45),
 )
 CHILDREN = {part.name: part.run for part in PARTS} | {"tiny": tiny, "profiled": profiled}
 

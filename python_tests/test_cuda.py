@@ -7,6 +7,7 @@ kernels fails instead of being skipped. The kernels' own arithmetic is tested wi
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -35,12 +36,18 @@ A100 = {"capability": (8, 0), "multiprocessors": 108, "shared_memory": 163 * 102
 # --- planning -----------------------------------------------------------------------------------------------
 
 
-def schedule(name: str, precision: str, rows: int, device: dict[str, Any], **options: Any) -> dict[str, Any]:
+@functools.cache
+def lowered(name: str) -> tuple[str, tuple[int, ...]]:
+    """Text of the plan and elements of its parameters; lowering checks itself, which takes longer than the tests."""
     generator = moving_generator(name)
     plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
-    elements = [tensor.numel() for tensor in plan.tensors(generator)]
+    return plan.text, tuple(tensor.numel() for tensor in plan.tensors(generator))
+
+
+def schedule(name: str, precision: str, rows: int, device: dict[str, Any], **options: Any) -> dict[str, Any]:
+    text, elements = lowered(name)
     module: Any = _extension.module()
-    return module.cuda_schedule(plan.text, elements, precision, rows=rows, **device, **options)
+    return module.cuda_schedule(text, elements, precision, rows=rows, **device, **options)
 
 
 @needs_kernels

@@ -41,10 +41,10 @@ def test_everything_runs_or_is_skipped_by_name(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads(path.read_text())["parts"]
     assert list(parts) == [
-        "card", "ceilings", "build", "correctness", "sanitizer", "quality", "timings", "profile"
+        "card", "ceilings", "build", "correctness", "sanitizer", "quality", "tests", "timings", "profile"
     ]  # fmt: skip
     skipped = {name for name, found in parts.items() if found["outcome"] == "skipped"}
-    assert skipped == {"card", "ceilings", "sanitizer", "profile"}
+    assert skipped == {"card", "ceilings", "sanitizer", "tests", "profile"}
     assert all(parts[name]["skipped"] == "torch sees no GPU" for name in skipped)
     assert all(parts[name]["backend"] == "cpu" for name in ("correctness", "quality", "timings"))
     assert len(parts["correctness"]["rows"]) == 8
