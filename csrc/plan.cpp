@@ -40,8 +40,8 @@ std::vector<int> parse_ints(size_t layer, const std::string& text, char separato
   return values;
 }
 
-// std::strtod and std::stod depend on the global locale. A stream with the classic one does not, but where a second copy
-// of the C++ library was loaded (PyTorch 2.11 with CUDA 13) imbuing it crashed: only where there is nothing else.
+// std::strtod and std::stod depend on the global locale. A stream with the classic one does not, but in a process with
+// PyTorch 2.11 for CUDA 13 reading a number from it crashed (why was not found): only where there is nothing else.
 double parse_double(size_t layer, const std::string& text) {
   double value = 0;
 #ifdef __cpp_lib_to_chars

@@ -9,7 +9,7 @@
 //                  masks      which of layers 0 and 2 were positive: all that the way back needs of them
 //                  latents    and velocities, float32, as the last product's C fragments
 //                  image      float32 sums of each pixel, then its gradient in 16 bits, in the same 32-byte slots
-//   L2             weights, streamed once a step by each block, a fragment ahead of its use
+//   L2             weights, streamed once a step by each block, a chunk ahead of its use
 //
 // Layer 2's output would not fit whole (200 KB at d = 64), so it is made, used and dropped phase by phase, forward and
 // (from its mask) backward. The tables' order of summation (program.cpp) is phase by phase for that reason.

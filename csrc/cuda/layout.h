@@ -92,28 +92,24 @@ struct Storage<float> {
 template <class S>
 constexpr int kElementBytes = Storage<S>::kBlockBytes / (kChunk * kGroupRows);
 
-// A struct of the tables; all are whole multiples of 16 bytes.
-template <class T>
-DEFGAN_DEVICE T load_table(const char* at) {
+// A struct of the tables, as load(number) gives its 16-byte words; all are whole multiples of them.
+template <class T, class Load>
+DEFGAN_DEVICE T made_of_words(const Load& load) {
   static_assert(sizeof(T) % 16 == 0, "tables are read in 16-byte words");
   union {
     T value;
     Vec4 words[sizeof(T) / 16];
   } u;
-  static_for<sizeof(T) / 16>([&](auto i) { u.words[i] = load_constant(reinterpret_cast<const Vec4*>(at) + i); });
+  static_for<sizeof(T) / 16>([&](auto i) { u.words[i] = load(i); });
   return u.value;
 }
-
-// The same in shared memory.
+template <class T>
+DEFGAN_DEVICE T load_table(const char* at) {
+  return made_of_words<T>([&](auto i) { return load_constant(reinterpret_cast<const Vec4*>(at) + i); });
+}
 template <class T>
 DEFGAN_DEVICE T load_shared_table(const T* at) {
-  static_assert(sizeof(T) % 16 == 0, "tables are read in 16-byte words");
-  union {
-    T value;
-    Vec4 words[sizeof(T) / 16];
-  } u;
-  static_for<sizeof(T) / 16>([&](auto i) { u.words[i] = load_shared(reinterpret_cast<const Vec4*>(at) + i); });
-  return u.value;
+  return made_of_words<T>([&](auto i) { return load_shared(reinterpret_cast<const Vec4*>(at) + i); });
 }
 
 // NaN passes every activation and its derivative, so that a row that overflowed shows it in its error.

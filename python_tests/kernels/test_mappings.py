@@ -43,6 +43,7 @@ FAMILIES = [
     "latent-as-map",
     "flattened",
     "many-channels",
+    "many-positions-and-taps",
 ]
 
 
@@ -306,6 +307,46 @@ def test_an_overflowing_row_shows_it_and_disturbs_nobody() -> None:
     kept = [0, 1, 3]
     assert torch.equal(result.latents[:, kept], whole.latents[:, kept])
     assert torch.equal(result.errors[:, kept], whole.errors[:, kept])
+
+
+def test_an_overflowing_row_has_the_same_bits_in_any_tile() -> None:
+    """In float32 the tile, which depends on the blocks of a team, must not decide what an infinity meets."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        generator = nn.Sequential(
+            nn.Linear(3, 20 * 16),
+            nn.Unflatten(1, (20, 4, 4)),
+            nn.Conv2d(20, 20, 1),
+            nn.Conv2d(20, 20, 1),
+            nn.Conv2d(20, 1, 1),
+            nn.Sigmoid(),
+        )
+        for module in generator.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.constant_(module.weight, 0.5)  # one sign: an infinity stays one, and the image finite
+        case = Case(generator.eval(), torch.rand(4, 1, 4, 4), torch.rand(4, 3), 0.1, 1)
+    case.z0[1] = 3e38
+    wide = run(case, [], "float32", "layered", blocks=1)
+    narrow = run(case, [], "float32", "layered", blocks=16)
+    # Products of infinities with the zeros of padded channels are seen, by both.
+    assert wide.errors[:, 1].isnan().all()
+    torch.testing.assert_close(narrow.errors, wide.errors, rtol=0, atol=0, equal_nan=True)
+
+
+def test_more_stages_than_tiles_are_chosen_for_beforehand() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        generator = nn.Sequential(
+            nn.Linear(4, 3 * 4),
+            nn.Unflatten(1, (3, 2, 2)),
+            *[nn.LeakyReLU(0.99) for _ in range(70)],
+            nn.ConvTranspose2d(3, 1, 2, 2),
+            nn.Sigmoid(),
+        ).eval()
+        case = Case(generator, torch.rand(2, 1, 4, 4), torch.randn(3, 4), 1.0, 1)
+    assert 2 * len(lowered(case).layers) + 2 > 128  # kMaxChoices
+    check_one_step(case, "float32", "layered")
+    check_one_step(case, "float16", "layered")
 
 
 def test_fused_is_refused_for_other_geometries() -> None:
