@@ -17,8 +17,10 @@
 
 #include "cpu/limits.h"
 #include "cpu/projection.h"
+#include "cpu/team.h"
 #include "cuda_options.h"
 #include "project_checks.h"
+#include "project_pool.h"
 
 namespace defgan {
 namespace {
@@ -47,6 +49,8 @@ void check_values(const float* images, int64_t count, const Plan& plan) {
   }
   if (count) check_range(plan, finite, low, high);
 }
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // --- packed weights, cached by content --------------------------------------------------------------------
 
@@ -84,6 +88,35 @@ void absorb(Hash& hash, const void* data, size_t bytes) {
   hash.a += bytes;
 }
 
+// Of all parameters, piece by piece, so that threads can share the work: it is a call's largest fixed cost.
+Hash hash_of(const std::vector<cpu::Parameter>& parameters) {
+  constexpr size_t kPieceBytes = size_t(1) << 18;
+  struct Piece {
+    const char* data;
+    size_t bytes;
+  };
+  std::vector<Piece> pieces;
+  for (const cpu::Parameter& p : parameters) {
+    const char* data = reinterpret_cast<const char*>(p.data);
+    size_t left = size_t(p.elements) * sizeof(float);
+    do {  // an empty parameter is a piece, too
+      const size_t bytes = std::min(left, kPieceBytes);
+      pieces.push_back({data, bytes});
+      data += bytes;
+      left -= bytes;
+    } while (left > 0);
+  }
+  std::vector<Hash> hashes(pieces.size());
+  const cpu::Lease lease(std::min(threads(), int((pieces.size() + 1) / 2)));
+  cpu::run_threads(lease.threads(), [&](int thread) {
+    for (size_t i = size_t(thread); i < pieces.size(); i += size_t(lease.threads()))
+      absorb(hashes[i], pieces[i].data, pieces[i].bytes);
+  });
+  Hash whole;
+  absorb(whole, hashes.data(), hashes.size() * sizeof(Hash));
+  return whole;
+}
+
 struct CacheEntry {
   std::string plan;
   const cpu::InstructionSet* set;
@@ -104,12 +137,11 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
                                                         at::TensorList parameters, Precision precision) {
   std::vector<Tensor> held;
   std::vector<cpu::Parameter> views;
-  Hash hash;
   for (const Tensor& p : parameters) {
     held.push_back(checked_parameter(p, at::kCPU));
     views.push_back({held.back().const_data_ptr<float>(), held.back().numel()});
-    absorb(hash, views.back().data, size_t(views.back().elements) * 4);
   }
+  const Hash hash = hash_of(views);
   const cpu::InstructionSet& set = cpu::active_instruction_set();
   {
     std::lock_guard<std::mutex> lock(cache_mutex);
@@ -133,8 +165,6 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
   }
   return packed;
 }
-
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // --- the ops ----------------------------------------------------------------------------------------------
 
@@ -233,6 +263,7 @@ TORCH_LIBRARY_IMPL(defgan_fast, Autograd, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   m.doc() = "Compiled half of defgan_fast: registers torch.ops.defgan_fast, and tells what is no tensor.";
+  defgan::lend_torch_threads();
   m.def("build_info", [] {
     py::dict info;
 #if defined(__clang__)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -529,6 +530,56 @@ def test_inside_forked_workers(images: Tensor, backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+POOL = """
+import os, sys, threading
+import torch
+torch.set_num_threads(2)
+sys.path.insert(0, sys.argv[1])
+from test_projector import make_generator, make_images, make_projector
+
+generator = make_generator()
+images, projector = make_images(generator), make_projector(generator, steps=3000)
+expected = projector(images)  # torch's pool exists from here on
+seen, done = set(), threading.Event()
+
+def watch():
+    while not done.is_set():
+        seen.update(os.listdir("/proc/self/task"))
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+before = set(os.listdir("/proc/self/task"))
+for _ in range(3):
+    assert torch.equal(projector(images), expected)
+done.set()
+watcher.join()
+print(len(seen - before))
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:  # on two threads of its own
+    os._exit(not (torch.get_num_threads() == 2 and torch.equal(projector(images), expected)))
+"""
+
+
+@kernels
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the list of a process's threads")
+@pytest.mark.parametrize("limit", [None, "1"])
+def test_threads_are_those_of_torch(limit: str | None) -> None:
+    """No thread is started for a projection, unless a fork or the environment leaves torch without its own."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    if limit is not None:
+        environment["OMP_THREAD_LIMIT"] = limit
+    out = subprocess.run(
+        [sys.executable, "-c", POOL, str(Path(__file__).parent)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    ).stdout
+    assert (int(out) > 0) == (limit is not None), f"{out} new threads"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_default_dtype_and_device_do_not_matter(images: Tensor, backend: str) -> None:
     """The images and the generator say where and in what the work is done, not torch's defaults."""
@@ -623,6 +674,30 @@ def test_changed_weights_are_noticed(images: Tensor, backend: str, change: Calla
     assert same(after, make_projector(copy.deepcopy(generator), backend=backend).project(images))
     generator.load_state_dict(original.state_dict())
     assert same(projector.project(images), before)
+
+
+@kernels
+def test_a_change_anywhere_is_noticed() -> None:
+    """Also far into a large parameter, which several threads share the reading of."""
+    generator = nn.Sequential(
+        nn.Linear(K, 25_000), nn.LeakyReLU(0.2), nn.Linear(25_000, 64), nn.Unflatten(1, (1, 8, 8))
+    )
+    generator.latent_size = K
+    projector = Projector(generator, steps=1, restarts=1, backend="cpu")
+    images = torch.rand(1, 1, 8, 8)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            weight = generator[2].weight.data.view(-1)
+            for place in (0, weight.numel() // 2, weight.numel() - 1):
+                errors = projector.project(images).errors
+                weight[place] += 1e3
+                changed = projector.project(images).errors
+                weight[place] -= 1e3
+                assert not torch.equal(changed, errors)
+    finally:
+        torch.set_num_threads(before)
 
 
 @kernels

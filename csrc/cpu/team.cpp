@@ -13,6 +13,8 @@ namespace {
 
 std::atomic<int> busy{0};
 
+std::atomic<Pool> named_pool{nullptr};
+
 // A child has none of the threads that its parent was using when it forked.
 const int forget_on_fork = pthread_atfork(nullptr, nullptr, [] { busy.store(0); });
 
@@ -50,7 +52,12 @@ Lease::Lease(int wanted) {
 
 Lease::~Lease() { busy.fetch_sub(threads_); }
 
+void use_pool(Pool pool) { named_pool.store(pool); }
+
 void run_threads(int threads, const std::function<void(int)>& body) {
+  if (threads == 1) return body(0);
+  const Pool pool = named_pool.load();
+  if (pool && pool(threads, body)) return;
   // Nobody starts before all exist: a team whose member could not be started would wait for it for ever.
   std::mutex mutex;
   std::condition_variable decided;

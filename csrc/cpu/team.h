@@ -1,5 +1,5 @@
-// Threads of one call: started for it and joined before it returns (a projection takes milliseconds, a thread
-// microseconds), so that nothing survives a fork and nothing is shared with torch's own pool.
+// Threads of one call: those of a pool that the process has anyway, where one was named (torch's), else started for the
+// call and joined before it returns, which takes microseconds of a projection's milliseconds.
 #pragma once
 
 #include <atomic>
@@ -50,6 +50,12 @@ class Lease {
  private:
   int threads_;
 };
+
+// Runs body(0) .. body(threads - 1) at the same time on a pool's threads, or nothing at all and returns false.
+using Pool = bool (*)(int threads, const std::function<void(int)>& body);
+
+// From now on teams take the pool's threads wherever it gives them.
+void use_pool(Pool pool);
 
 // Runs body(0) .. body(threads - 1), all at the same time, body(0) on the calling thread. body must not throw.
 void run_threads(int threads, const std::function<void(int)>& body);

@@ -6,9 +6,11 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../cpu/projection.h"
+#include "../cpu/team.h"
 #include "check.h"
 
 using namespace defgan;
@@ -369,6 +371,43 @@ void flush_denormals() {
 #endif
 }
 
+// A team's threads are those of a named pool where it gives them, and its own where it does not; the same bits.
+bool pool_gives;
+int pool_asked, pool_gave;
+
+bool pool(int threads, const std::function<void(int)>& body) {
+  pool_asked += threads;
+  if (!pool_gives) return false;
+  pool_gave += threads;
+  std::vector<std::thread> others;
+  for (int id = 1; id < threads; ++id) others.emplace_back(body, id);
+  body(0);
+  for (std::thread& other : others) other.join();
+  return true;
+}
+
+void threads_of_a_pool() {
+  const Network n = random_network();
+  const int k = n.plan.latent_size(), restarts = 5;
+  std::vector<float> images(size_t(n.plan.image.elements())), start(size_t(restarts * k));
+  for (float& x : images) x = normal(0.5);
+  for (float& x : start) x = normal(1);
+  const auto packed = pack(n.plan, n.parameters(), active_instruction_set(), Precision::kFloat32);
+  const auto project_on = [&](int threads) { return run(*packed, images, start, 1, restarts, {0.5f}, threads, 0); };
+  const Result expected = project_on(1);
+  use_pool(pool);
+  for (const bool gives : {true, false}) {
+    pool_gives = gives;
+    pool_asked = pool_gave = 0;
+    CHECK(project_on(1) == expected && pool_asked == 0, "one thread: a pool was asked for %d", pool_asked);
+    CHECK(project_on(3) == expected, "three threads of a pool: other bits");
+    CHECK(pool_asked == 3 && pool_gave == (gives ? 3 : 0), "a pool was asked for %d threads, gave %d", pool_asked,
+          pool_gave);
+  }
+  use_pool(nullptr);
+  CHECK(project_on(3) == expected && pool_asked == 3, "a pool was asked after it was taken away");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -387,5 +426,6 @@ int main(int argc, char** argv) {
                   l.norm.mean);
   }
   flush_denormals();
+  threads_of_a_pool();
   return report("test_projection");
 }

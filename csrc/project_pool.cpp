@@ -1,0 +1,63 @@
+// Lends torch's own threads to the CPU kernels. Threads of our own would share the cores with torch's: after a parallel
+// operation these spin for milliseconds in wait of the next one, and take half of a core from whoever comes instead.
+//
+// torch's threads belong to its OpenMP runtime, and a thread that starts a parallel region gets the same ones every time.
+// The region is started by the runtime's own entry, looked up weakly among the libraries that torch brought along: with
+// a compiler's pragma the extension would be linked to that compiler's runtime, which need not be torch's.
+#include "project_pool.h"
+
+#include <ATen/Parallel.h>
+#include <pthread.h>
+
+#include <atomic>
+
+#include "cpu/team.h"
+
+#if AT_PARALLEL_OPENMP && defined(__linux__)
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+__attribute__((weak)) int omp_get_num_threads();
+__attribute__((weak)) int omp_get_thread_num();
+}
+
+namespace defgan {
+namespace {
+
+// The pool does not survive a fork: GNU's runtime would wait for ever for threads that the child does not have.
+std::atomic<bool> forked{false};
+const int remember_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+struct Region {
+  int threads;
+  const std::function<void(int)>& body;
+  bool complete;
+};
+
+bool run(int threads, const std::function<void(int)>& body) {
+  // A region has as many threads as torch uses, and to ask for others would have the runtime end and start threads.
+  if (forked.load() || at::in_parallel_region() || at::get_num_threads() != threads) return false;
+  Region region{threads, body, false};
+  const auto share = [](void* data) {
+    Region& r = *static_cast<Region*>(data);
+    if (omp_get_num_threads() != r.threads) return;  // the environment may limit them
+    const c10::ParallelGuard guard(true);
+    const int thread = omp_get_thread_num();
+    if (thread == 0) r.complete = true;
+    r.body(thread);
+  };
+  GOMP_parallel(share, &region, 0, 0);
+  return region.complete;
+}
+
+}  // namespace
+
+void lend_torch_threads() {
+  if (GOMP_parallel && omp_get_num_threads && omp_get_thread_num) cpu::use_pool(run);
+}
+
+}  // namespace defgan
+#else
+namespace defgan {
+void lend_torch_threads() {}
+}  // namespace defgan
+#endif
