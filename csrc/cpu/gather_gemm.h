@@ -167,6 +167,68 @@ void tap_kernel(const TapArgs& g) {
   }
 }
 
+// kSteps steps from `first` on. The weights' lanes are channels of the panel here, not of the sums, so each sum is one of
+// lanes in the end.
+template <class S, int M, int NR, int kSteps>
+void latent_tile(const LatentArgs& g, int first, typename S::V::T (*sums)[M]) {
+  using V = typename S::V;
+  typename V::T acc[kSteps * S::kStepChannels][M];
+  DEFGAN_UNROLL(16)
+  for (int c = 0; c < kSteps * S::kStepChannels; ++c) DEFGAN_UNROLL(16)
+  for (int m = 0; m < M; ++m) acc[c][m] = V::zero();
+  constexpr int kStepBytes = NR * V::kLanes * 4;
+  for (int t = 0; t < g.tap_count; ++t) {
+    const char* source = g.source + g.taps[t].source * g.position_stride;
+    const char* w = g.weights + g.taps[t].matrix * g.matrix_stride + int64_t(first) * kStepBytes;
+    // The same tap's next steps, which are read when all taps have had these.
+    for (int line = 0; line < kSteps * kStepBytes; line += 64) __builtin_prefetch(w + kSteps * kStepBytes + line, 0, 3);
+    DEFGAN_UNROLL(2)
+    for (int n = 0; n < NR; ++n) {
+      typename V::T x[M];
+      DEFGAN_UNROLL(16)
+      for (int m = 0; m < M; ++m)
+        x[m] = S::load(source + m * kUnitBytes + vector_offset<V, S::kChannels>(n, g.unit_stride));
+      DEFGAN_UNROLL(16)
+      for (int k = 0; k < kSteps; ++k) {
+        const typename V::T b = V::load(reinterpret_cast<const float*>(w + k * kStepBytes) + n * V::kLanes);
+        DEFGAN_UNROLL(2)
+        for (int c = 0; c < S::kStepChannels; ++c) {
+          const typename V::T channel = S::channel_of_step(b, c);
+          DEFGAN_UNROLL(16)
+          for (int m = 0; m < M; ++m) {
+            typename V::T& sum = acc[k * S::kStepChannels + c][m];
+            sum = V::fma(channel, x[m], sum);
+          }
+        }
+      }
+    }
+  }
+  DEFGAN_UNROLL(16)
+  for (int c = 0; c < kSteps * S::kStepChannels; ++c) DEFGAN_UNROLL(16)
+  for (int m = 0; m < M; ++m) sums[first * S::kStepChannels + c][m] = acc[c][m];
+}
+
+// M rows; as many steps at once as leave kSums sums in registers.
+template <class S, int M, int NR, int kSums>
+void latent_kernel(const LatentArgs& g) {
+  using V = typename S::V;
+  constexpr int kFit = kSums / (M * S::kStepChannels), kMost = kUnitFloats / S::kStepChannels;
+  constexpr int kSteps = kFit >= 16 && kMost >= 16 ? 16 : kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  typename V::T sums[kUnitFloats][M];
+  int step = 0;
+  for (; step + kSteps <= g.steps; step += kSteps) latent_tile<S, M, NR, kSteps>(g, step, sums);
+  for (; step < g.steps; ++step) latent_tile<S, M, NR, 1>(g, step, sums);
+  for (int c = g.steps * S::kStepChannels; c < kUnitFloats; ++c)
+    for (int m = 0; m < M; ++m) sums[c][m] = V::zero();
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < kUnitFloats; c += V::kLanes) {
+      typename V::T v[V::kLanes];
+      DEFGAN_UNROLL(16)
+      for (int i = 0; i < V::kLanes; ++i) v[i] = sums[c + i][m];
+      V::store(g.sums + m * kUnitFloats + c, V::sums(v));
+    }
+}
+
 // Fills a table with every tile that fits the register file: kRows1 rows of one panel, and so on; with kTwins also
 // those of two positions, of half as many rows each.
 template <class S, int kRows1, int kRows2, int kRows4, bool kTwins>
@@ -188,6 +250,14 @@ struct Tiles {
         table.tap[1][Y][X] = tap_kernel<S, Y, X, 2>;
       }
       rectangles<Y, X - 1>(table);
+    }
+  }
+  template <int M>
+  static void latents(KernelTable& table) {
+    if constexpr (M > 0) {
+      table.latent[0][M] = latent_kernel<S, M, 1, 2 * kRows1>;
+      table.latent[1][M] = latent_kernel<S, M, 2, 2 * kRows1>;
+      latents<M - 1>(table);
     }
   }
   static void fill(KernelTable& table) {
@@ -212,6 +282,8 @@ struct Tiles {
       rows<2, 4, kRows2 / 2, 2>(table.gemm_twins);
       rows<3, 8, kRows4 / 2, 2>(table.gemm_twins);
     }
+    table.max_latent_rows = kRows1 / 2;  // more would be too short of steps, and of the first-level cache
+    latents<kRows1 / 2>(table);
     rectangles<1, kRows1>(table);
     rectangles<2, kRows1>(table);
     rectangles<3, kRows1>(table);

@@ -70,6 +70,20 @@ struct TapArgs {
 };
 using TapKernel = void (*)(const TapArgs&);
 
+// A unit of the latent's gradient from the weights that the forward pass reads, one panel of them:
+//   sums[row][:] = sum over taps and the panel's channels c of source[tap.source][row][c] * weights[tap.matrix][:][c]
+struct LatentArgs {
+  const char* source;                    // the gradient's units, from the panel's first channel on
+  int64_t position_stride, unit_stride;  // bytes
+  const Tap* taps;
+  int tap_count;
+  int steps;            // dwords of the latent's channels in this unit: its last one may be short
+  const char* weights;  // of the unit's first step
+  int64_t matrix_stride;
+  float* sums;  // a float32 unit of each row; channels beyond the latent's are zeros
+};
+using LatentKernel = void (*)(const LatentArgs&);
+
 struct KernelTable {
   const char* name;
   int lanes;              // dwords of one vector; a panel is two of them
@@ -85,6 +99,9 @@ struct KernelTable {
   GemmKernel gemm[kEpilogues][kGroups][kMaxTileRows + 1];
   GemmKernel gemm_twins[kEpilogues][kGroups][kMaxTileRows + 1];  // rows of each position
   TapKernel tap[2][kMaxTileSegments + 1][kMaxTileRows + 1];      // [one vector, one panel][segments][positions]
+
+  int max_latent_rows;
+  LatentKernel latent[2][kMaxTileRows + 1];  // [one vector, one panel][rows]; nullptr: none
 
   // Units below are float32 units (16 channels) unless they are said to be of the storage type.
 

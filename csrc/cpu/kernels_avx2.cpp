@@ -40,11 +40,19 @@ struct Vector {
   static T power_of_two(T n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
   }
+  // Lane i: the sum of the lanes of v[i], all in the same order.
+  static T sums(const T (&v)[kLanes]) {
+    const T a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    const T b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  static T lower_bfloat16(T x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16)); }
+  static T upper_bfloat16(T x) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(int(0xffff0000u))));
+  }
   static T dot_bfloat16(T acc, T x, T w) {
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000u));
-    const __m256i xi = _mm256_castps_si256(x), wi = _mm256_castps_si256(w);
-    acc = fma(_mm256_castsi256_ps(_mm256_slli_epi32(xi, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(wi, 16)), acc);
-    return fma(_mm256_castsi256_ps(_mm256_and_si256(xi, high)), _mm256_castsi256_ps(_mm256_and_si256(wi, high)), acc);
+    acc = fma(lower_bfloat16(x), lower_bfloat16(w), acc);
+    return fma(upper_bfloat16(x), upper_bfloat16(w), acc);
   }
   static T load_bfloat16(const uint16_t* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

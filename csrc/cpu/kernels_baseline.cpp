@@ -47,10 +47,17 @@ struct Vector {
     const Signed exponent = __builtin_convertvector(n, Signed) + 127;
     return (T)(exponent << 23);
   }
+  // Lane i: the sum of the lanes of v[i], all in the same order.
+  static T sums(const T (&v)[kLanes]) {
+    T result;
+    for (int i = 0; i < kLanes; ++i) result[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+    return result;
+  }
+  static T lower_bfloat16(T x) { return (T)((Bits)x << 16); }
+  static T upper_bfloat16(T x) { return (T)((Bits)x & Bits{0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u}); }
   static T dot_bfloat16(T acc, T x, T w) {
-    const Bits high{0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
-    acc = fma((T)((Bits)x << 16), (T)((Bits)w << 16), acc);
-    return fma((T)((Bits)x & high), (T)((Bits)w & high), acc);
+    acc = fma(lower_bfloat16(x), lower_bfloat16(w), acc);
+    return fma(upper_bfloat16(x), upper_bfloat16(w), acc);
   }
   static T load_bfloat16(const uint16_t* p) { return (T)(Bits{p[0], p[1], p[2], p[3]} << 16); }
   static void store_bfloat16(uint16_t* p, T v) {

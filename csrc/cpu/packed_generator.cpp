@@ -479,8 +479,15 @@ std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Pa
       bool per_position = false;
       const std::vector<float> bias = bias_of(l, parameters, affine, &per_position);
       pack_bias(layer.forward, bias, per_position ? l.out.positions() : 1);
-      link(layer.backward, table, l, ys, xs, true);
-      pack_weights(layer.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
+      if (n > 0 || !layer.forward.gives_latent_gradient()) {
+        link(layer.backward, table, l, ys, xs, true);
+        pack_weights(layer.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
+      } else {
+        Gemm& g = layer.forward;
+        for (int p = 0; p < g.destination_positions; ++p)
+          for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t)
+            g.latent_taps.push_back({p, g.taps[size_t(t)].matrix});
+      }
     }
     const int phases = layer.backward.phases, width = l.out.w;
     for (int y = 0; y < l.out.h; ++y)

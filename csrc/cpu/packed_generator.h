@@ -54,8 +54,9 @@ struct Gemm {
   int matrices = 0;
   std::vector<int> tap_begin;  // per destination position, and one more
   std::vector<Tap> taps;
-  std::vector<Place> order;  // those of one phase together, which share matrices, so that these stay in cache
-  bool paired = false;       // whether most positions have a twin
+  std::vector<Tap> latent_taps;  // of a gradient by these weights: from which destination, by which matrix
+  std::vector<Place> order;      // those of one phase together, which share matrices, so that these stay in cache
+  bool paired = false;           // whether most positions have a twin
 
   // The tap schedule of a single row; empty where the layer does not suit it.
   std::vector<Run> vertical, horizontal;
@@ -71,6 +72,8 @@ struct Gemm {
   std::vector<float> bias;           // empty for gradients; padded to whole panels
   int64_t bias_position_stride = 0;  // 0: the same bias at every position
 
+  // Whether the gradient of its one source position, the latent, can be taken from these weights.
+  bool gives_latent_gradient() const { return source_positions == 1 && table->latent[1][1]; }
   bool has_tap_schedule() const { return !horizontal.empty(); }
   const char* panel(int index) const { return weights.data() + index * panel_stride; }
 };
@@ -84,8 +87,8 @@ struct Map {
 
 struct PackedLayer {
   Layer layer;
-  float slope = 1;  // of the ReLU family, 1 for the identity
-  Gemm forward, backward;
+  float slope = 1;         // of the ReLU family, 1 for the identity
+  Gemm forward, backward;  // of the first layer only the forward one where it gives the latent's gradient, too
   Map map;
   std::vector<int> gradient_order;  // of a single row: where `backward` wants the gradient of each output position
 };

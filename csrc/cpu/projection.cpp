@@ -36,10 +36,23 @@ int64_t buffer_bytes(const Shape& shape, int rows) {
   return 2 * units_of(shape.c, 2 * kUnitFloats) * shape.positions() * rows * kUnitBytes;
 }
 
+// Where the first layer's forward weights give the latent's gradient, every panel of them leaves sums of its own, which
+// are then added up in order: so which thread computes which panel does not matter.
+bool takes_latent_gradient(const PackedGenerator& g) {
+  return g.layers.size() > 1 && g.layers[0].layer.has_matrix() && g.layers[0].forward.gives_latent_gradient();
+}
+
+int64_t latent_sums_bytes(const PackedGenerator& g, int rows) {
+  if (!takes_latent_gradient(g)) return 0;
+  const Gemm& forward = g.layers[0].forward;
+  return (forward.panels + forward.tail) * buffer_bytes({g.plan.latent_size(), 1, 1}, rows);
+}
+
 // One block's buffers; row counts vary, the capacity does not.
 struct Workspace {
   int capacity, rows = 0;
-  Buffer latent, velocity, gradient, start_units, image, target, image_delta, columns, image_gradient, wide, scratch;
+  Buffer latent, velocity, gradient, start_units, image, target, image_delta, columns, image_gradient, wide, scratch,
+      latent_sums;
   std::vector<Buffer> stored, delta;
 
   Workspace(const PackedGenerator& g, int capacity) : capacity(capacity) {
@@ -65,6 +78,7 @@ struct Workspace {
       const bool transcendental = l.activation == Activation::kSigmoid || l.activation == Activation::kTanh;
       scratch_bytes = std::max(scratch_bytes, buffer_bytes(l.out, transcendental ? capacity : 1));
     }
+    latent_sums = Buffer(size_t(latent_sums_bytes(g, capacity)));
     scratch = Buffer(size_t(scratch_bytes));
   }
 
@@ -85,6 +99,7 @@ int64_t workspace_bytes(const PackedGenerator& g, int rows) {
   int64_t total = 4 * buffer_bytes({plan.latent_size(), 1, 1}, rows) + int64_t(3) * g.pixel_stride() * rows * 4;
   total += int64_t(2) * g.image_places * g.image_units * rows * kUnitBytes;
   for (size_t n = 0; n + 1 < plan.layers.size(); ++n) total += buffer_bytes(plan.layers[n].out, rows);
+  total += latent_sums_bytes(g, rows);
   return total + (g.exact ? buffer_bytes(plan.layers.back().in, rows) : 0);
 }
 
@@ -187,6 +202,7 @@ class Block {
       watch_.image();
       meet();
       backward();
+      if (takes_latent_gradient(g_)) add_latent_sums(int(u0), int(u1));
       image_.update(w_.latent.floats(), w_.velocity.floats(), w_.gradient.floats(), k, rows, int(u0), int(u1),
                     args.rates[step], args.momentum);
       watch_.latent();
@@ -377,7 +393,9 @@ class Block {
         finish.order = g.layers[n - 1].gradient_order.data();
         finish.table = table_of(g);
       }
-      if (p.layer.has_matrix()) {
+      if (n == 0 && takes_latent_gradient(g)) {
+        latent_sums(p.forward, source);
+      } else if (p.layer.has_matrix()) {
         if (rows_ == 1 && n > 0 && p.backward.has_tap_schedule() && !flat) {
           tap_schedule(p.backward, source, finish);
         } else {
@@ -414,6 +432,54 @@ class Block {
         watch_.backward(n);
         meet();
       }
+    }
+  }
+
+  // The latent's gradient by panels of the first layer's forward weights. A thread's share are those panels that it reads
+  // in the forward pass, or nearly so, and it ends with those that it will begin with there: they are still in its cache.
+  void latent_sums(const Gemm& g, const char* source) const {
+    const KernelTable& table = *g.table;
+    const int tiles = (rows_ + table.max_latent_rows - 1) / table.max_latent_rows;
+    const int units = units_of(g.source_channels, kUnitFloats);
+    const int unit_steps = kUnitFloats * kUnitFloats / table.unit_channels;
+    const int64_t sums_stride = buffer_bytes({g.source_channels, 1, 1}, rows_) / 4;
+    LatentArgs args{};
+    args.position_stride = int64_t(rows_) * kUnitBytes;
+    args.unit_stride = int64_t(g.destination_positions) * rows_ * kUnitBytes;
+    args.taps = g.latent_taps.data();
+    args.tap_count = int(g.latent_taps.size());
+    int64_t begin, end;  // of all panels' units
+    me_.share(int64_t(g.panels + g.tail) * units, &begin, &end);
+    for (int panel = g.panels + g.tail; panel-- > 0;) {
+      const bool tail = panel >= g.panels;
+      const int channel = panel * 2 * table.lanes;
+      args.matrix_stride = tail ? g.tail_matrix_stride : g.matrix_stride;
+      const int64_t first = int64_t(panel) * units;
+      for (int64_t item = std::max(begin, first); item < std::min(end, first + units); ++item) {
+        const int unit = int(item - first);
+        args.weights = g.panel(panel) + int64_t(unit) * unit_steps * (tail ? 1 : 2) * table.lanes * 4;
+        args.steps = std::min(unit_steps, g.steps - unit * unit_steps);
+        for (int tile = 0; tile < tiles; ++tile) {
+          const int r0 = rows_ * tile / tiles, r1 = rows_ * (tile + 1) / tiles;
+          args.source = source + (channel / table.unit_channels) * args.unit_stride + int64_t(r0) * kUnitBytes +
+                        (channel % table.unit_channels) * (kUnitBytes / table.unit_channels);
+          args.sums = w_.latent_sums.floats() + panel * sums_stride + (int64_t(unit) * rows_ + r0) * kUnitFloats;
+          table.latent[tail ? 0 : 1][r1 - r0](args);
+        }
+      }
+    }
+  }
+
+  void add_latent_sums(int u0, int u1) const {
+    const Gemm& g = g_.layers[0].forward;
+    const int64_t sums_stride = buffer_bytes({g.source_channels, 1, 1}, rows_) / 4;
+    const int64_t first = int64_t(u0) * rows_ * kUnitFloats, count = int64_t(u1 - u0) * rows_ * kUnitFloats;
+    float* total = w_.gradient.floats() + first;
+    const float* sums = w_.latent_sums.floats() + first;
+    std::copy_n(sums, count, total);
+    for (int panel = 1; panel < g.panels + g.tail; ++panel) {
+      sums += sums_stride;
+      for (int64_t i = 0; i < count; ++i) total[i] += sums[i];
     }
   }
 
