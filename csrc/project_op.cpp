@@ -88,31 +88,34 @@ void absorb(Hash& hash, const void* data, size_t bytes) {
   hash.a += bytes;
 }
 
-// Of all parameters, piece by piece, so that threads can share the work: it is a call's largest fixed cost.
+// Of all parameters, piece by piece: with large ones it is much of what a call costs beside its steps, so threads share it.
 Hash hash_of(const std::vector<cpu::Parameter>& parameters) {
-  constexpr size_t kPieceBytes = size_t(1) << 18;
+  constexpr size_t kPieceBytes = size_t(1) << 18, kWorthThreads = size_t(1) << 20;
   struct Piece {
     const char* data;
     size_t bytes;
   };
   std::vector<Piece> pieces;
+  size_t total = 0;
+  Hash whole;
   for (const cpu::Parameter& p : parameters) {
+    absorb(whole, &p.elements, sizeof(p.elements));  // where one ends and the next begins
     const char* data = reinterpret_cast<const char*>(p.data);
-    size_t left = size_t(p.elements) * sizeof(float);
-    do {  // an empty parameter is a piece, too
+    for (size_t left = size_t(p.elements) * sizeof(float); left > 0;) {
       const size_t bytes = std::min(left, kPieceBytes);
       pieces.push_back({data, bytes});
       data += bytes;
       left -= bytes;
-    } while (left > 0);
+      total += bytes;
+    }
   }
   std::vector<Hash> hashes(pieces.size());
-  const cpu::Lease lease(std::min(threads(), int((pieces.size() + 1) / 2)));
-  cpu::run_threads(lease.threads(), [&](int thread) {
-    for (size_t i = size_t(thread); i < pieces.size(); i += size_t(lease.threads()))
-      absorb(hashes[i], pieces[i].data, pieces[i].bytes);
+  // All of torch's threads or none: for fewer some would have to be started.
+  const cpu::Lease lease(total < kWorthThreads ? 1 : threads());
+  const size_t members = lease.threads() == threads() ? size_t(lease.threads()) : 1;
+  cpu::run_threads(int(members), [&](int member) {
+    for (size_t i = size_t(member); i < pieces.size(); i += members) absorb(hashes[i], pieces[i].data, pieces[i].bytes);
   });
-  Hash whole;
   absorb(whole, hashes.data(), hashes.size() * sizeof(Hash));
   return whole;
 }

@@ -10,6 +10,10 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <string>
 
 #include "cpu/team.h"
 
@@ -23,8 +27,21 @@ __attribute__((weak)) int omp_get_thread_num();
 namespace defgan {
 namespace {
 
-// The pool does not survive a fork: GNU's runtime would wait for ever for threads that the child does not have.
-std::atomic<bool> forked{false};
+// The pool does not survive a fork: GNU's runtime would wait for ever for threads that the child does not have. So no
+// pool is asked in a process that is a fork, be it of one that had loaded this library or of one that had not.
+bool is_fork() {
+  constexpr unsigned long kForkedWithoutExec = 0x40;  // PF_FORKNOEXEC of the kernel's task flags
+  std::ifstream file("/proc/self/stat");
+  std::string text((std::istreambuf_iterator<char>(file)), {});
+  const size_t name_end = text.rfind(')');  // the name before it may hold anything
+  if (name_end == std::string::npos) return true;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string skipped;
+  for (int field = 3; field < 9; ++field) fields >> skipped;
+  unsigned long flags = 0;
+  return !(fields >> flags) || (flags & kForkedWithoutExec);
+}
+std::atomic<bool> forked{is_fork()};
 const int remember_fork = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 struct Region {

@@ -533,12 +533,12 @@ def test_inside_forked_workers(images: Tensor, backend: str) -> None:
 POOL = """
 import os, sys, threading
 import torch
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[2]))
 sys.path.insert(0, sys.argv[1])
 from test_projector import make_generator, make_images, make_projector
 
 generator = make_generator()
-images, projector = make_images(generator), make_projector(generator, steps=3000)
+images, projector = make_images(generator), make_projector(generator, steps=500)
 expected = projector(images)  # torch's pool exists from here on
 seen, done = set(), threading.Event()
 
@@ -556,21 +556,21 @@ watcher.join()
 print(len(seen - before))
 if child := os.fork():
     assert os.waitpid(child, 0)[1] == 0
-else:  # on two threads of its own
-    os._exit(not (torch.get_num_threads() == 2 and torch.equal(projector(images), expected)))
+else:  # on threads of its own
+    os._exit(not (torch.get_num_threads() > 1 and torch.equal(projector(images), expected)))
 """
 
 
 @kernels
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the list of a process's threads")
-@pytest.mark.parametrize("limit", [None, "1"])
-def test_threads_are_those_of_torch(limit: str | None) -> None:
+@pytest.mark.parametrize(("threads", "limit"), [(2, None), (4, None), (2, "1")])
+def test_threads_are_those_of_torch(threads: int, limit: str | None) -> None:
     """No thread is started for a projection, unless a fork or the environment leaves torch without its own."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     if limit is not None:
         environment["OMP_THREAD_LIMIT"] = limit
     out = subprocess.run(
-        [sys.executable, "-c", POOL, str(Path(__file__).parent)],
+        [sys.executable, "-c", POOL, str(Path(__file__).parent), str(threads)],
         check=True,
         capture_output=True,
         text=True,
@@ -578,6 +578,28 @@ def test_threads_are_those_of_torch(limit: str | None) -> None:
         env=environment,
     ).stdout
     assert (int(out) > 0) == (limit is not None), f"{out} new threads"
+
+
+FORKED_FIRST = """
+import os, sys
+import torch
+torch.set_num_threads(2)
+torch.ones(400_000).add_(1)  # the parent has a pool; the child will not, and its torch must not use one either
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+from torch import nn
+from defgan_fast import Projector
+assert torch.get_num_threads() == 2
+generator = nn.Sequential(nn.Linear(4, 64), nn.Sigmoid(), nn.Unflatten(1, (1, 8, 8)))
+Projector(generator, steps=2, restarts=2)(torch.full((2, 1, 8, 8), 0.5))
+os._exit(0)
+"""
+
+
+@kernels
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_imported_after_a_fork() -> None:
+    subprocess.run([sys.executable, "-c", FORKED_FIRST], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

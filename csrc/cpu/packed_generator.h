@@ -122,7 +122,7 @@ struct Parameter {
   int64_t elements;
 };
 
-// Checks the parameters against the plan and packs both directions.
+// Checks the parameters against the plan and packs what both directions read.
 std::shared_ptr<const PackedGenerator> pack(const Plan& plan, const std::vector<Parameter>& parameters,
                                             const InstructionSet& set, Precision precision);
 

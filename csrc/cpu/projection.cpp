@@ -89,7 +89,7 @@ struct Workspace {
     rows = next_rows;
     for (std::vector<Buffer>* list : {&stored, &delta})
       for (Buffer& b : *list) std::memset(b.data(), 0, b.size());
-    for (Buffer* b : {&start_units, &image_gradient, &wide, &gradient, &target})
+    for (Buffer* b : {&start_units, &image_gradient, &wide, &gradient, &target, &scratch})
       if (b->data()) std::memset(b->data(), 0, b->size());
   }
 };

@@ -61,8 +61,8 @@ Network random_network() {
   for (int i = 0; i < layers; ++i) {
     Layer l;
     l.in = shape;
-    const int choice = i == 0 ? between(0, 1) * 6 : between(0, 5);
-    if (choice == 0 || shape.positions() == 1) {
+    const int choice = i == 0 && between(0, 1) ? 0 : between(0, 5);  // a first layer is often, but not always, Linear
+    if (choice == 0 || (i > 0 && shape.positions() == 1)) {
       l.kind = Kind::kLinear;
       l.out = between(0, 2) ? Shape{between(1, 40), between(1, 4), between(1, 4)} : Shape{between(1, 90), 1, 1};
       l.weight = add(n, l.in.elements() * l.out.elements(), 1.2 / std::sqrt(double(l.in.elements())));
