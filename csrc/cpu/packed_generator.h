@@ -72,8 +72,9 @@ struct Gemm {
   std::vector<float> bias;           // empty for gradients; padded to whole panels
   int64_t bias_position_stride = 0;  // 0: the same bias at every position
 
-  // Whether the gradient of its one source position, the latent, can be taken from these weights.
-  bool gives_latent_gradient() const { return source_positions == 1 && table->latent[1][1]; }
+  // Whether the gradient of its one source position, the latent, is taken from these weights: where a panel has enough
+  // taps for its products to outweigh the sums over lanes in the end (a fully connected network's has one).
+  bool gives_latent_gradient() const { return source_positions == 1 && taps.size() >= 8 && table->latent[1][1]; }
   bool has_tap_schedule() const { return !horizontal.empty(); }
   const char* panel(int index) const { return weights.data() + index * panel_stride; }
 };
