@@ -174,8 +174,10 @@ void latent_tile(const LatentArgs& g, int first, typename S::V::T (*sums)[M]) {
   using V = typename S::V;
   typename V::T acc[kSteps * S::kStepChannels][M];
   DEFGAN_UNROLL(16)
-  for (int c = 0; c < kSteps * S::kStepChannels; ++c) DEFGAN_UNROLL(16)
-  for (int m = 0; m < M; ++m) acc[c][m] = V::zero();
+  for (int c = 0; c < kSteps * S::kStepChannels; ++c) {
+    DEFGAN_UNROLL(16)
+    for (int m = 0; m < M; ++m) acc[c][m] = V::zero();
+  }
   constexpr int kStepBytes = NR * V::kLanes * 4;
   for (int t = 0; t < g.tap_count; ++t) {
     const char* source = g.source + g.taps[t].source * g.position_stride;
@@ -204,8 +206,10 @@ void latent_tile(const LatentArgs& g, int first, typename S::V::T (*sums)[M]) {
     }
   }
   DEFGAN_UNROLL(16)
-  for (int c = 0; c < kSteps * S::kStepChannels; ++c) DEFGAN_UNROLL(16)
-  for (int m = 0; m < M; ++m) sums[first * S::kStepChannels + c][m] = acc[c][m];
+  for (int c = 0; c < kSteps * S::kStepChannels; ++c) {
+    DEFGAN_UNROLL(16)
+    for (int m = 0; m < M; ++m) sums[first * S::kStepChannels + c][m] = acc[c][m];
+  }
 }
 
 // M rows; as many steps at once as leave kSums sums in registers.
