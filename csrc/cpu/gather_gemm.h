@@ -7,7 +7,8 @@
 // tile's shape, on which thread computes it, or on which of the two schedules does.
 //
 // Of a vector type: kAheadVectors, up to how many vectors of a tile the weights that come next are fetched into the
-// second-level cache; kSoonSteps, how many steps ahead these kernels fetch weights into the first (0: not at all).
+// second-level cache; kAheadChoice, whether the row schedule's kernels of these can also do without; kSoonSteps, how many
+// steps ahead such kernels fetch weights into the first level (0: not at all).
 //
 // Storage S provides: V (vector type with load, store, broadcast, zero, fma, ...), kChannels (of a unit),
 // mac(acc, dword, weights), load(const char*) and store(char*, v) of V::kLanes channels.
@@ -45,8 +46,8 @@ inline void fetch_soon(const char* weights) {
 }
 
 // M rows of one position, or of two with the same matrices (kPositions), which then share every weight that is loaded.
-template <class S, int M, int NR, Epilogue E, int kPositions>
-void gemm_kernel(const GemmArgs& g) {
+template <class S, int M, int NR, Epilogue E, int kPositions, bool kAhead>
+void gemm_tile(const GemmArgs& g) {
   using V = typename S::V;
   constexpr int kRows = M * kPositions;
   typename V::T acc[kRows][NR];
@@ -66,16 +67,19 @@ void gemm_kernel(const GemmArgs& g) {
     if constexpr (kPositions == 2) a[1] = g.source + g.twin_taps[t].source * g.position_stride;
     const char* w = g.weights + g.taps[t].matrix * g.matrix_stride;
     for (int left = g.steps; left > 0; left -= kUnitFloats) {
+      if constexpr (kAhead) {
+        // Two a unit and not one a step, since a fetch costs time even of a line that is there: seldom are more than
+        // two or three lines due in so many steps, and some are left to the processor's own fetching then.
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(ahead + ahead_advance / 2, 0, 2);
+        ahead += ahead_advance;
+      }
       const auto step = [&](int k) __attribute__((always_inline)) {
         typename V::T b[NR];
         DEFGAN_UNROLL(16)
         for (int n = 0; n < NR; ++n)
           b[n] = V::load(reinterpret_cast<const float*>(w + (n / 2) * g.panel_stride) + (n % 2) * V::kLanes);
-        if constexpr (NR <= V::kAheadVectors) {
-          fetch_soon<V, NR>(w);
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += ahead_advance;
-        }
+        if constexpr (NR <= V::kAheadVectors) fetch_soon<V, NR>(w);
         DEFGAN_UNROLL(16)
         for (int m = 0; m < kRows; ++m) {
           const typename V::T x = V::broadcast(reinterpret_cast<const float*>(a[m / M] + (m % M) * kUnitBytes) + k);
@@ -110,6 +114,16 @@ void gemm_kernel(const GemmArgs& g) {
       }
     }
   }
+}
+
+// The tile that fetches ahead, or the one that does not.
+template <class S, int M, int NR, Epilogue E, int kPositions>
+void gemm_kernel(const GemmArgs& g) {
+  using V = typename S::V;
+  if constexpr (NR <= V::kAheadVectors) {
+    if (!V::kAheadChoice || g.ahead) return gemm_tile<S, M, NR, E, kPositions, true>(g);
+  }
+  if constexpr (NR > V::kAheadVectors || V::kAheadChoice) gemm_tile<S, M, NR, E, kPositions, false>(g);
 }
 
 // Y segments of X neighbouring positions, one tap, one row; accumulates in float32.
@@ -266,6 +280,7 @@ struct Tiles {
   }
   static void fill(KernelTable& table) {
     table.lanes = S::V::kLanes;
+    table.ahead_bytes = S::V::kAheadChoice ? second_level_cache_bytes() / 2 : 0;
     table.unit_channels = S::kChannels;
     table.max_rows[0] = table.max_rows[1] = kRows1;
     table.max_rows[2] = kRows2;

@@ -2,10 +2,12 @@
 
 #include <cstdlib>
 #include <stdexcept>
+#if defined(__unix__)
+#include <unistd.h>
+#endif
 #if defined(DEFGAN_HAS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace defgan::cpu {
@@ -25,6 +27,14 @@ bool may_use_amx() {
 #endif
 
 }  // namespace
+
+int64_t second_level_cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
 
 std::vector<std::string> supported_instruction_sets() {
   std::vector<std::string> names = {"baseline"};

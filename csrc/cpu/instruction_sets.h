@@ -25,6 +25,9 @@ const InstructionSet& avx512_bf16_kernels();
 const InstructionSet& amx_kernels();
 #endif
 
+// Of one core; 1 MB where the system does not say.
+int64_t second_level_cache_bytes();
+
 // Those that this machine can run, best last: "baseline", "avx2", "avx512", "avx512_bf16", "amx".
 std::vector<std::string> supported_instruction_sets();
 

@@ -45,8 +45,8 @@ struct GemmArgs {
   char* destination;                    // kRaw: float32 units; else units of the storage type
   int64_t destination_unit_stride;
   const float* bias;      // nullptr: zeros
-  const char* ahead;      // weights that come next, fetched into the second-level cache meanwhile,
-  int64_t ahead_advance;  // this many bytes further with every step
+  const char* ahead;      // weights that come next, fetched into the second-level cache meanwhile (nullptr: are not),
+  int64_t ahead_advance;  // this many bytes further with every unit of the source
   Activation activation;
   float slope;
   int rows;  // for kernels that are not made for one number of them
@@ -65,8 +65,8 @@ struct TapArgs {
   int positions;  // of a segment; for kernels that are not made for one number
   int steps;
   const char* weights;
-  const char* ahead;  // as in GemmArgs
-  int64_t ahead_advance;
+  const char* ahead;      // weights that come next, fetched likewise,
+  int64_t ahead_advance;  // this many bytes further with every step
 };
 using TapKernel = void (*)(const TapArgs&);
 
@@ -89,6 +89,7 @@ struct KernelTable {
   int lanes;              // dwords of one vector; a panel is two of them
   int unit_channels;      // 16 or 32
   int max_rows[kGroups];  // of a tile with that many panels
+  int64_t ahead_bytes;    // the row schedule fetches ahead in layers of so many bytes of weights
   int step_multiple;      // steps of a matrix are padded to a multiple of it, with weights of zero
   bool tails;             // whether a panel may be one vector; else the last is padded to two
   bool twins;             // whether a tile can be two positions, of half as many rows

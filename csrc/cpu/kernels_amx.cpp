@@ -151,7 +151,7 @@ void gemm_halves(const GemmArgs& g, int first_rows, int second_rows, const Tap* 
   start<0>(g.bias);
   if constexpr (kHalves == 2) start<1>(g.bias);
   const char* ahead = g.ahead;
-  const int64_t ahead_advance = g.ahead_advance * kUnitFloats;
+  const int64_t ahead_advance = g.ahead_advance;
   for (int t = 0; t < g.tap_count; ++t) {
     const char* a = g.source + g.taps[t].source * g.position_stride;
     const char* b = kHalves == 2 ? second_source + second_taps[t].source * g.position_stride : nullptr;

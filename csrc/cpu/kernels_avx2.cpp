@@ -22,6 +22,7 @@ struct Vector {
   using T = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kAheadVectors = 8, kSoonSteps = 0;
+  static constexpr bool kAheadChoice = true;
   static T load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, T v) { _mm256_storeu_ps(p, v); }
   static T all(float x) { return _mm256_set1_ps(x); }

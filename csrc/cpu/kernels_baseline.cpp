@@ -14,6 +14,7 @@ struct Vector {
   typedef int32_t Signed __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr int kAheadVectors = 0, kSoonSteps = 0;
+  static constexpr bool kAheadChoice = false;
   static T load(const float* p) {
     T v;
     __builtin_memcpy(&v, p, 16);

@@ -513,6 +513,7 @@ class Block {
     args.activation = finish.activation;
     args.slope = finish.slope;
     const int64_t places = int64_t(g.order.size());
+    const bool fetches_ahead = int64_t(g.weights.size()) >= table.ahead_bytes;
     // A weight that is loaded once serves all accumulators of a tile, which fill the registers: many rows of one panel, few
     // rows of two positions, or, where there are such kernels, few rows of several panels. But a group of panels at a place
     // is one thread's, so there must be one for each.
@@ -555,8 +556,10 @@ class Block {
         };
         const bool together = twins && place.twin >= 0 && 2 * rows <= table.max_rows[group];
         const float calls = place.twin >= 0 && !together ? 2 : 1;
-        args.ahead = args.weights + place.ahead_step * step_stride;
-        args.ahead_advance = int64_t(place.ahead_rate / calls * float(step_stride));
+        if (fetches_ahead) {
+          args.ahead = args.weights + place.ahead_step * step_stride;
+          args.ahead_advance = int64_t(place.ahead_rate / calls * float(step_stride * kUnitFloats));
+        }
         if (together) {
           args.twin_taps = taps_of(place.twin);
           args.twin_destination = destination + offset + int64_t(place.twin) * rows * kUnitBytes;
@@ -580,7 +583,7 @@ class Block {
             finish_rows(place.twin, 0, rows);
             break;
           }
-          args.ahead += args.ahead_advance * args.tap_count * args.steps;
+          if (fetches_ahead) args.ahead += args.ahead_advance * args.tap_count * units_of(args.steps, kUnitFloats);
         }
       }
       panel += group == 0 ? 1 : kGroupPanels[group];

@@ -3,6 +3,7 @@ struct Vector512 {
   using T = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kAheadVectors = 2, kSoonSteps = 24;
+  static constexpr bool kAheadChoice = false;
   static T load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, T v) { _mm512_storeu_ps(p, v); }
   static T all(float x) { return _mm512_set1_ps(x); }
