@@ -416,7 +416,15 @@ int main(int argc, char** argv) {
     rng.seed(unsigned(trial) + 7);
     const Network network = trial == 0 ? network_without_taps() : random_network();
     const int before = failures();
-    for (const std::string& name : supported_instruction_sets()) compare(network, instruction_set(name), trial);
+    for (const std::string& name : supported_instruction_sets()) {
+      InstructionSet set = instruction_set(name);
+      KernelTable float32 = *set.float32, bfloat16 = *set.bfloat16;
+      // These networks are too small for weights to be fetched ahead where that is a choice: every second one has it so.
+      if (trial % 2 == 1) float32.ahead_bytes = bfloat16.ahead_bytes = 0;
+      set.float32 = &float32;
+      set.bfloat16 = &bfloat16;
+      compare(network, set, trial);
+    }
     if (failures() == before) continue;
     std::printf("trial %d was\n", trial);
     for (const Layer& l : network.plan.layers)
