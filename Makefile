@@ -78,7 +78,7 @@ cuda-build: $(CUDA_STAMP) ## build and import the extension against a CUDA torch
 	$(CUDA_VENV)/bin/python -m pip install --no-deps --no-build-isolation --force-reinstall -v . > build/cuda-build.log 2>&1 \
 	  || { tail -50 build/cuda-build.log; exit 1; }
 	grep 'defgan_fast: ' build/cuda-build.log
-	DEFGAN_EXPECT_CUDA=1 $(CUDA_VENV)/bin/pytest -p no:cacheprovider python_tests/test_cuda.py python_tests/test_info.py $(ARGS)
+	DEFGAN_EXPECT_CUDA=1 $(CUDA_VENV)/bin/pytest -p no:cacheprovider python_tests/kernels_cuda/test_cuda.py python_tests/commands/test_info.py $(ARGS)
 
 clean: ## remove what was compiled
 	rm -rf build dist *.egg-info defgan_fast/*.so defgan_fast/_C.json .mypy_cache .ruff_cache .pytest_cache

@@ -40,6 +40,7 @@ MINUTES = 8.0
 STEPS, RESTARTS = 200, 10
 SIZES = (1, 16, 1000)
 MAPPINGS = ("fused", "layered", "split")
+OP_TESTS = "python_tests/kernels_cuda/test_cuda.py"
 
 
 class Skip(Exception):
@@ -254,7 +255,7 @@ def mappings_for(generator: Any, precision: str) -> list[str]:
 
 def on_cpu() -> Any:
     """The tests' module that compiles the kernels for the CPU and calls them."""
-    sys.path.insert(0, str(ROOT / "python_tests" / "kernels"))
+    sys.path.insert(0, str(ROOT / "python_tests" / "kernels_cuda"))
     import on_cpu
 
     return on_cpu
@@ -482,7 +483,7 @@ def tests(found: Findings) -> None:
     """The op's own tests that need a GPU: streams, captured graphs, waiting, overflow."""
     if not gpu_here():
         raise Skip("torch sees no GPU")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "python_tests/test_cuda.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", OP_TESTS]
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(5, found.left() - 3)
@@ -493,7 +494,7 @@ def tests(found: Findings) -> None:
         found.expect(False, "the tests ran out of time")
         return
     found["said"] = done.stdout.splitlines()[-1:]
-    found.expect(done.returncode == 0, f"python_tests/test_cuda.py: {done.stdout[-1500:]}")
+    found.expect(done.returncode == 0, f"{OP_TESTS}: {done.stdout[-1500:]}")
 
 
 # --- quality --------------------------------------------------------------------------------------------------

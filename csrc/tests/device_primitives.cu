@@ -1,5 +1,5 @@
 // Every device primitive once, for nvcc: compiled for all architectures without a warning, and its PTX read
-// (python_tests/kernels/test_device_primitives.py). Nothing runs it.
+// (python_tests/kernels_cuda/test_device_primitives.py). Nothing runs it.
 #include "../cuda/device.h"
 
 namespace defgan::cuda {

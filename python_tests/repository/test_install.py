@@ -25,7 +25,7 @@ import torch
 
 from defgan_fast import __version__, _build, _extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
 in_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the checkout")

@@ -204,7 +204,7 @@ def test_no_code_for_a_wide_target_can_leak(name: str, tmp_path: Path) -> None:
     compiler, reader = shutil.which("c++"), shutil.which("nm")
     if compiler is None or reader is None:
         pytest.skip("needs c++ and nm")
-    source = Path(__file__).parents[1] / "csrc" / "cpu" / f"kernels_{name}.cpp"
+    source = Path(__file__).parents[2] / "csrc" / "cpu" / f"kernels_{name}.cpp"
     made = tmp_path / "kernels.o"
     subprocess.run([compiler, "-std=c++17", "-O1", "-w", "-c", source, "-o", made], check=True)
     listing = subprocess.run(

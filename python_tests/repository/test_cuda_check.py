@@ -12,7 +12,7 @@ import pytest
 
 from defgan_fast import _build
 
-SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "cuda_check.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "cuda_check.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the checkout")
 
 REPORT = """\

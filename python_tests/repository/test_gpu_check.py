@@ -14,7 +14,7 @@ import torch
 
 from defgan_fast import _extension
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_check.py"
 pytestmark = [
     pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the checkout"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run bench/gpu_check.py itself"),

@@ -10,7 +10,7 @@ import torch
 
 from defgan_fast import Projector, cli, data
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the checkout")

@@ -312,7 +312,7 @@ def test_options_choose_the_cases(arguments, expected, monkeypatch):
     assert {((case.images, case.restarts), case.precision) for case in cases} == expected
 
 
-WHOLE_TEST_SETS = Path(__file__).resolve().parent.parent / "bench" / "whole_test_sets.py"
+WHOLE_TEST_SETS = Path(__file__).resolve().parents[2] / "bench" / "whole_test_sets.py"
 
 
 @pytest.mark.skipif(not WHOLE_TEST_SETS.is_file(), reason="needs the checkout")
