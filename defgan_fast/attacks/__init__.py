@@ -1,10 +1,13 @@
 """Attacks on classifiers, one per file, written over any ``nn.Module`` from images to logits.
 
 An attack on a defended classifier is the same attack on ``nn.Sequential(projector, classifier)``, whose
-gradient is the one that the projector was built with.
+gradient is the one that the projector was built with. Every attack takes ``(model, images, labels)``, its own
+settings, ``seed`` and ``progress``, and returns adversarial images; ``docs/attacks.md`` has a table of them.
 """
 
 from defgan_fast.attacks.fgsm import fgsm
+from defgan_fast.attacks.noise import noise
 from defgan_fast.attacks.pgd import pgd
+from defgan_fast.attacks.rand_fgsm import rand_fgsm
 
-__all__ = ["fgsm", "pgd"]
+__all__ = ["fgsm", "noise", "pgd", "rand_fgsm"]

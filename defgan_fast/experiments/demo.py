@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
     attacked = fgsm(classifier, images, labels, EPSILON)
-    total = 2 * len(images) + adaptive * (ADAPTIVE_STEPS + 1)
+    total = 2 * len(images) + adaptive * (ADAPTIVE_STEPS + 2)  # PGD looks at its last point, too
     with progress.bar(total, "projections", "image") as bar:
         started = time.perf_counter()
         work = _Work(projector, bar)
@@ -159,10 +159,10 @@ class _Work:
         parts = []
         for group, truth in zip(images.split(self.group), labels.split(self.group), strict=True):
 
-            def step_done(step: int, count: int = len(group)) -> None:
-                self.bar.update(count)
+            def moved(done: int, total: int, before: int = self.bar.n) -> None:
+                self.bar.update(before + done - self.bar.n)
 
-            parts.append(pgd(defended, group, truth, EPSILON, ADAPTIVE_STEPS, on_step=step_done))
+            parts.append(pgd(defended, group, truth, EPSILON, ADAPTIVE_STEPS, progress=moved))
         return torch.cat(parts)
 
 

@@ -50,9 +50,9 @@ def test_fgsm_zero_epsilon_and_other_range(images):
 def test_pgd_by_hand(images):
     model = Linear2([2.0, -1.0])
     # Three steps of 0.05 stay inside the ball of 0.3; ten do not.
-    three = pgd(model, images, LABELS, 0.3, steps=3, step_size=0.05)
+    three = pgd(model, images, LABELS, 0.3, steps=3, step_size=0.05, early_stop=False)
     assert torch.allclose(three, torch.tensor([[[[0.35, 1.0]]], [[[0.25, 0.25]]]]))
-    ten = pgd(model, images, LABELS, 0.3, steps=10, step_size=0.05)
+    ten = pgd(model, images, LABELS, 0.3, steps=10, step_size=0.05, early_stop=False)
     assert torch.allclose(ten, torch.tensor([[[[0.2, 1.0]]], [[[0.4, 0.1]]]]))
 
 
@@ -66,7 +66,8 @@ def test_pgd_turns_where_the_gradient_turns():
 
     image, label = torch.full((1, 1, 1, 1), 0.3), torch.tensor([0])
     assert fgsm(Bump(), image, label, 0.3).item() == pytest.approx(0.6)
-    assert pgd(Bump(), image, label, 0.3, steps=40, step_size=0.01).item() == pytest.approx(0.42, abs=0.0101)
+    found = pgd(Bump(), image, label, 0.3, steps=40, step_size=0.01, early_stop=False)
+    assert found.item() == pytest.approx(0.42, abs=0.0101)
 
 
 @pytest.mark.parametrize("random_start", [False, True])
@@ -74,7 +75,7 @@ def test_constraints(random_start):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 5))
     images, labels = torch.rand(7, 3, 4, 4), torch.arange(7) % 5
-    adversarial = pgd(model, images, labels, 0.1, steps=7, random_start=random_start)
+    adversarial = pgd(model, images, labels, 0.1, steps=7, random_start=random_start, early_stop=False)
     assert (adversarial - images).abs().max() <= 0.1 + 1e-6
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
@@ -84,13 +85,17 @@ def test_constraints(random_start):
 
 
 def test_random_start_depends_on_the_seed_alone():
-    model = Linear2([0.0, 0.0])  # no gradient: the start is the result
-    images, labels = torch.full((2, 1, 1, 2), 0.5), LABELS
-    start = pgd(model, images, labels, 0.2, steps=1, random_start=True, seed=4)
+    model, images, labels = Linear2([2.0, -1.0]), torch.full((2, 1, 1, 2), 0.5), LABELS
+
+    def start(seed):  # a step of 0 shows where the attack began
+        return pgd(model, images, labels, 0.2, 1, step_size=0.0, random_start=True, seed=seed)
+
+    first, state = start(4), torch.random.get_rng_state()
     torch.manual_seed(99)
-    assert torch.equal(start, pgd(model, images, labels, 0.2, steps=1, random_start=True, seed=4))
-    assert not torch.equal(start, pgd(model, images, labels, 0.2, steps=1, random_start=True, seed=5))
-    assert (start - images).abs().max() > 0.02
+    assert torch.equal(first, start(4))
+    assert not torch.equal(first, start(5))
+    assert 0.02 < (first - images).abs().max() <= 0.2
+    torch.random.set_rng_state(state)
 
 
 def test_an_image_does_not_depend_on_its_neighbours():
@@ -105,8 +110,15 @@ def test_an_image_does_not_depend_on_its_neighbours():
 def test_attack_under_no_grad_and_progress(images):
     seen = []
     with torch.no_grad():
-        pgd(Linear2([2.0, -1.0]), images, LABELS, steps=3, on_step=seen.append)
-    assert seen == [1, 2, 3]
+        pgd(
+            Linear2([2.0, -1.0]),
+            images,
+            LABELS,
+            steps=3,
+            early_stop=False,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+    assert seen == [(2, 8), (4, 8), (6, 8), (8, 8)]  # two images, three steps and a look at the last point
 
 
 @pytest.mark.parametrize("attack", [fgsm, pgd])
@@ -120,7 +132,7 @@ def test_refusals(attack, images):
         attack(model, images, LABELS[:1])
     with pytest.raises(ValueError, match=r"value_range must be"):
         attack(model, images, LABELS, value_range=(1.0, 0.0))
-    with pytest.raises(ValueError, match=r"steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"steps must be an int of at least 1, got 0"):
         pgd(model, images, LABELS, steps=0)
 
 

@@ -1,0 +1,157 @@
+"""What an attack may do to an image: the norm, its radius and the range of the pixels, each checked in one place.
+
+An attack calls :func:`check` on what it was given, moves inside a :class:`Budget`, and believes that an image is
+broken only where :meth:`Budget.holds` says so. Distances are measured in float64 between the returned point and
+the original image, never on a reconstruction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NORMS = ("linf", "l2")
+# Images that were resampled leave their range by a few units in the last place.
+RANGE_TOLERANCE = 1e-5
+
+Progress = Callable[[int, int], None]
+"""Called with (work done, all work), in images times model calls; at the end both are equal."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The ball of radius ``epsilon`` around an image, cut by the range of the pixels.
+
+    Attributes:
+        norm: "linf", the largest change of a pixel, or "l2", the root of the summed squares of all changes.
+        epsilon: radius of the ball; infinity leaves only the range.
+        value_range: (low, high) of the pixels.
+    """
+
+    norm: str
+    epsilon: float
+    value_range: tuple[float, float]
+
+    def distances(self, points: Tensor, images: Tensor) -> Tensor:
+        """Returns how far each point [N, C, H, W] is from its image in the norm, [N] float64."""
+        change = points.double().sub(images.double()).flatten(1)
+        return change.abs().amax(1) if self.norm == "linf" else change.square().sum(1).sqrt()
+
+    def holds(self, points: Tensor, images: Tensor) -> Tensor:
+        """Returns which points [N, C, H, W] are inside the ball and the range, [N] bool; NaN is outside.
+
+        The tolerance is the rounding of the points' own dtype: half a unit in the last place of every pixel.
+        """
+        low, high = self.value_range
+        unit = torch.finfo(points.dtype).eps * max(abs(low), abs(high))
+        many = 1.0 if self.norm == "linf" else math.sqrt(points[0].numel() if len(points) else 1)
+        flat = points.flatten(1)
+        in_range = (flat.amin(1) >= low - unit) & (flat.amax(1) <= high + unit)
+        return in_range & (self.distances(points, images) <= self.epsilon + unit * many)
+
+    def project(self, points: Tensor, images: Tensor) -> Tensor:
+        """Returns the nearest allowed points, [N, C, H, W]: first into the ball, then into the range."""
+        low, high = self.value_range
+        if self.norm == "linf":
+            floor = (images - self.epsilon).clamp(min=low)
+            ceiling = (images + self.epsilon).clamp(max=high)
+            return torch.minimum(torch.maximum(points, floor), ceiling)
+        change = points - images
+        length = norms(change)
+        shrink = torch.where(length > self.epsilon, self.epsilon / length, 1.0)
+        return (images + change * over_pixels(shrink, images)).clamp(low, high)
+
+    def ascent(self, gradients: Tensor) -> Tensor:
+        """Returns the step of norm 1 that gains most along the gradients, [N, C, H, W]; 0 where they are 0."""
+        if self.norm == "linf":
+            return gradients.sign()
+        length = norms(gradients)
+        return gradients * over_pixels(torch.where(length > 0, 1 / length, 0.0), gradients)
+
+
+def norms(values: Tensor) -> Tensor:
+    """Returns the l2 norm of each row of [N, ...], summed in float64, as [N] float64."""
+    return values.double().flatten(1).square().sum(1).sqrt()
+
+
+def over_pixels(factors: Tensor, images: Tensor) -> Tensor:
+    """Returns one factor an image, [N] of any dtype, as [N, 1, 1, 1] in the images' dtype."""
+    return factors.to(images.dtype).view(-1, *(1,) * (images.dim() - 1))
+
+
+def check(
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    norm: str = "linf",
+) -> None:
+    """Raises ValueError, naming the argument, where an attack could not mean what it computes.
+
+    An ``epsilon`` of None says that the attack is not bounded.
+    """
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point [N, C, H, W], got {images.dtype} {tuple(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}")
+    if labels.device != images.device:
+        raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
+    if epsilon is not None and not epsilon >= 0:
+        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
+    low, high = value_range
+    if not low < high:
+        raise ValueError(f"value_range must be (low, high) with low < high, got {value_range}")
+    if images.numel() == 0:
+        return
+    slack = RANGE_TOLERANCE * (high - low)
+    least, most = float(images.detach().amin()), float(images.detach().amax())
+    if not (low - slack <= least and most <= high + slack):
+        raise ValueError(f"images must lie in value_range [{low:g}, {high:g}], got [{least:g}, {most:g}]")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises ValueError where a count is below the least that makes sense."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where a value is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: float, zero: bool = False) -> None:
+    """Raises ValueError where a number is not positive and finite; ``zero`` allows 0."""
+    if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {'at least 0' if zero else 'above 0'} and finite, got {value}")
+
+
+class Meter:
+    """Counts the work of an attack and reports it; dropped work counts as done, so that the end is reached."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def at(self, done: int) -> None:
+        """Reports that ``done`` of the work is behind us; what was reported before is never taken back."""
+        self.done = min(max(self.done, done), self.total)
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+    def advance(self, work: int) -> None:
+        """Reports that so much more of the work is behind us."""
+        self.at(self.done + work)
+
+    def finish(self) -> None:
+        """Reports that nothing is left to do."""
+        if self.done < self.total:
+            self.at(self.total)
