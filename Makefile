@@ -22,7 +22,7 @@ TORCH_STAMP := $(VENV)/.torch-$(KEY)
 INSTALLED := $(VENV)/.installed-$(KEY)
 BUILT := $(VENV)/.built-$(KEY)
 TOOLS := $(VENV)/.tools-$(KEY)
-SOURCES := $(wildcard $(foreach folder,csrc csrc/cpu csrc/cuda,$(addprefix $(folder)/*.,cpp h cu cuh)))
+SOURCES := $(shell find csrc \( -name tests -o -name execution \) -prune -o -type f -print)
 CUDA_VENV := .venv-cuda
 CUDA_STAMP := $(CUDA_VENV)/.torch-$(shell printf '%s' '$(CUDA_TORCH) $(PYTHON)' | cksum | cut -d' ' -f1)
 CMAKE = $(shell command -v cmake || echo $(BIN)/cmake)
@@ -102,7 +102,7 @@ $(TORCH_STAMP):
 	$(PY) -m pip install $(TORCH) numpy
 	@touch $@
 
-$(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py MANIFEST.in defgan_fast/_build.py defgan_fast/_version.py
+$(INSTALLED): $(TORCH_STAMP) pyproject.toml setup.py MANIFEST.in defgan_fast/kernels/build.py defgan_fast/_version.py
 	@echo 'Installing the package and compiling its kernels, once (one to three minutes)'
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[test]'
 	@touch $@

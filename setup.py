@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,10 +24,11 @@ CSRC = ROOT / "csrc"
 
 
 def load_build_settings():
-    """`defgan_fast/_build.py` by its path: importing the package would import torch."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "defgan_fast" / "_build.py")
+    """Loads `defgan_fast/kernels/build.py` by its path: importing the package would import torch."""
+    path = ROOT / "defgan_fast" / "kernels" / "build.py"
+    spec = importlib.util.spec_from_file_location("defgan_fast_build", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["_build"] = module  # dataclasses look their module up by name
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 
@@ -52,7 +52,7 @@ class BuildPy(build_py):
 
 
 def extension_arguments():
-    """`ext_modules` and `cmdclass` for setup(): with the extension if torch can be imported, else without."""
+    """Returns `ext_modules` and `cmdclass` for setup(): with the extension if torch can be imported, else without."""
     commands = {"build_py": BuildPy}
     try:
         import torch
@@ -60,29 +60,18 @@ def extension_arguments():
     except ImportError as error:
         print(f"defgan_fast: torch is not visible ({error}): the kernels are compiled on first import")
         return {"cmdclass": commands}
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    compiler = settings.compiler()
     if shutil.which(compiler) is None:
         print(f"defgan_fast: no C++ compiler ('{compiler}' was not found): only the sources are installed")
         return {"cmdclass": commands}
-    try:
-        import ninja
+    os.environ["PATH"] = settings.path_with_ninja()
 
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    except ImportError:
-        pass  # torch then takes a ninja of the system, or builds without one
-
-    home = settings.cuda_home() if torch.version.cuda else None
-    nvcc = settings.nvcc_version(home) if home else None
-    decision = settings.decide_cuda(
-        torch.__version__, torch.version.cuda, home, nvcc, len(settings.cuda_source_files(CSRC))
-    )
+    decision = settings.decide_cuda(CSRC, torch.__version__, torch.version.cuda)
     print(f"defgan_fast: {'with' if decision.use else 'without'} CUDA kernels: {decision.reason}")
-    record = {"torch": torch.__version__, "cuda": decision.use, "reason": decision.reason}
     if decision.use:
-        cpp_extension.CUDA_HOME = home
-        architectures = settings.architecture_list(nvcc, settings.visible_capabilities())
-        record["architectures"] = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
-        print(f"defgan_fast: for the architectures {record['architectures']} (TORCH_CUDA_ARCH_LIST)")
+        cpp_extension.CUDA_HOME = decision.home
+        os.environ["TORCH_CUDA_ARCH_LIST"] = decision.architectures
+        print(f"defgan_fast: for the architectures {decision.architectures} (TORCH_CUDA_ARCH_LIST)")
 
     class BuildExt(cpp_extension.BuildExtension):
         """Keeps the objects of editable builds, and records which torch the extension was built for."""
@@ -98,7 +87,8 @@ def extension_arguments():
             super().run()
             for extension in self.extensions:
                 library = Path(self.get_ext_fullpath(extension.name))
-                (library.parent / settings.BUILD_RECORD).write_text(json.dumps(record) + "\n")
+                record = json.dumps(decision.record(torch.__version__)) + "\n"
+                (library.parent / settings.BUILD_RECORD).write_text(record)
 
     kind = cpp_extension.CUDAExtension if decision.use else cpp_extension.CppExtension
     extension = kind(

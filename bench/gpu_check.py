@@ -156,9 +156,9 @@ def ceilings(found: Findings) -> None:
     found["product_fp16_tflops"] = statistics.median(rates[3:])
     found.save()
 
-    from defgan_fast import _build
+    from defgan_fast.kernels import build
 
-    home = _build.cuda_home()
+    home = build.cuda_home()
     if home is None:
         raise RuntimeError("no nvcc: the probes of L2, mma.sync and barriers were not built")
     major, minor = torch.cuda.get_device_capability(0)
@@ -176,12 +176,12 @@ def build(found: Findings) -> None:
     start = time.monotonic()
     import torch
 
-    from defgan_fast import _extension, ops
+    from defgan_fast.kernels import extension, ops
 
-    _extension.load()
+    extension.load()
     found["seconds"] = round(time.monotonic() - start, 1)
-    found["status"] = {key: value for key, value in _extension.status().items() if key != "path"}
-    found.expect(ops.kernels_available, f"no kernels: {_extension.status()['reason']}")
+    found["status"] = {key: value for key, value in extension.status().items() if key != "path"}
+    found.expect(ops.kernels_available, f"no kernels: {extension.status()['reason']}")
     if torch.cuda.is_available():
         found.expect(ops.missing_cuda() is None, f"no CUDA kernels: {ops.missing_cuda()}")
     else:
@@ -197,7 +197,7 @@ def backend() -> str:
     Raises:
         RuntimeError: there is a GPU, and the kernels are not there for it.
     """
-    from defgan_fast import ops
+    from defgan_fast.kernels import ops
 
     if not gpu_here():
         return "cpu"
@@ -226,14 +226,14 @@ def mappings_for(generator: Any, precision: str) -> list[str]:
     """Those that this card has for this generator."""
     import torch
 
-    from defgan_fast import _extension
+    from defgan_fast.kernels import extension
 
     if backend() == "cpu":
         return [name for name in MAPPINGS if name != "fused" or precision != "float32"]
     gpu = torch.cuda.get_device_properties(0)
     plan = plan_of(generator)
     elements = [tensor.numel() for tensor in plan.tensors(generator)]
-    module: Any = _extension.module()
+    module: Any = extension.module()
     usable = []
     for name in MAPPINGS:
         try:

@@ -21,8 +21,9 @@ import numpy
 import torch
 from torch import nn
 
-from . import _build, _extension, lowering, ops
+from . import lowering
 from ._version import __version__
+from .kernels import build, extension, ops
 
 ROWS = (10, 160, 10_000)  # 1, 16 and 1,000 images with 10 restarts
 # Where there is no GPU, planning is shown for this one.
@@ -38,13 +39,13 @@ def environment() -> dict[str, Any]:
     and why not), `extension` (how it was built and with what), `cpu` (model, cores, threads, instruction
     sets), `cuda` (the mapping that is forced, and for each GPU which mapping serves which generator and size).
     """
-    module = _extension.module()
-    status = _extension.status()
-    extension: dict[str, Any] = dict(status)
+    module = extension.module()
+    status = extension.status()
+    built: dict[str, Any] = dict(status)
     if module is not None:
-        extension |= {"flags": " ".join(_build.COMPILE_FLAGS), **module.build_info()}
+        built |= {"flags": " ".join(build.COMPILE_FLAGS), **module.build_info()}
         if ops.cuda_kernels_built:
-            extension["nvcc_flags"] = " ".join(_build.NVCC_FLAGS)
+            built["nvcc_flags"] = " ".join(build.NVCC_FLAGS)
     return {
         "versions": {
             "defgan_fast": __version__,
@@ -58,7 +59,7 @@ def environment() -> dict[str, Any]:
             "cuda": _available(ops.missing_cuda() is None, ops.missing_cuda()),
             "reference": _available(True, None),
         },
-        "extension": extension,
+        "extension": built,
         "cpu": {
             "model": _cpu_model(),
             "cores": os.cpu_count(),

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _extension, lowering, ops, reference
+from . import gradients, lowering, reference
+from .kernels import extension, ops
 from .lowering import LoweringError, Plan
+from .starts import starting_points
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -123,7 +125,7 @@ class Projector(nn.Module):
         # Not a buffer: converting the module's dtype must not round them, and they are not state.
         self._starts: Tensor | None = None
         if seed is not None and self.latent_size is not None:
-            self._starts = ops.starting_points(seed, restarts, self.latent_size).to(self._device())
+            self._starts = starting_points(seed, restarts, self.latent_size).to(self._device())
 
     def _lower(self) -> tuple[Plan | None, str, tuple[float, float] | None]:
         """The plan that the kernels run, or None and why; and the range of the generator's pixels where known."""
@@ -132,7 +134,7 @@ class Projector(nn.Module):
             if missing is not None:
                 raise RuntimeError(f'backend "cuda" is not available: {missing}')
         if self.backend == "cpu" and not ops.kernels_available:
-            raise RuntimeError(f'backend "cpu" is not available: {_extension.status()["reason"]}')
+            raise RuntimeError(f'backend "cpu" is not available: {extension.status()["reason"]}')
         try:
             if self.latent_size is None:
                 name = type(self.generator).__name__
@@ -240,7 +242,7 @@ class Projector(nn.Module):
 
         def unrolled() -> Tensor:
             chosen = _pick_start(start, restarts)
-            return ops.unrolled(images, decoded, chosen, parameters, plan.text, rates, self.momentum)
+            return gradients.unrolled(images, decoded, chosen, parameters, plan.text, rates, self.momentum)
 
         reconstruction = self._tie(images, decoded, unrolled)
         return Projection(reconstruction, best, _pick(errors, restarts), restarts, errors)
@@ -285,9 +287,9 @@ class Projector(nn.Module):
         if not (images.requires_grad and torch.is_grad_enabled()):
             return reconstruction
         if self.gradient == "straight_through":
-            return ops.straight_through(images, reconstruction)
+            return gradients.straight_through(images, reconstruction)
         if self.gradient == "none":
-            return ops.no_gradient(images, reconstruction)
+            return gradients.no_gradient(images, reconstruction)
         return unrolled()
 
     def _decoder(self, precision: str, device: str, dtype: torch.dtype) -> reference.Decoder:
@@ -422,7 +424,7 @@ class Projector(nn.Module):
 
 
 class _Unrolled(torch.autograd.Function):
-    """`ops.unrolled` for generators that have no plan: the decoder is a Python callable."""
+    """`gradients.unrolled` for generators that have no plan: the decoder is a Python callable."""
 
     @staticmethod
     def forward(

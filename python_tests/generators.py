@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from defgan_fast import data, load_generator, reference
 from defgan_fast.lowering import decoder_of, latent_size_of
-from defgan_fast.ops import starting_points
+from defgan_fast.starts import starting_points
 
 
 class Chain(nn.Module):

@@ -14,7 +14,8 @@ from generators import make_case
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from defgan_fast import Detector, Projector, ops
+from defgan_fast import Detector, Projector
+from defgan_fast.kernels import ops
 
 BACKENDS = [
     pytest.param(

@@ -22,7 +22,9 @@ import torch
 from generators import PaperGenerator, scale_up
 from torch import Tensor, nn
 
-from defgan_fast import Projection, Projector, ops, reference
+from defgan_fast import Projection, Projector, gradients, reference
+from defgan_fast.kernels import ops
+from defgan_fast.starts import starting_points
 
 kernels = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
 # What holds on both paths is tested on both: the reference path is all there is without a compiler.
@@ -89,9 +91,9 @@ def test_every_field_against_the_specification(images: Tensor, backend: str) -> 
     ).project(images)
     twin = copy.deepcopy(generator).double()
     latents, errors = reference.project(
-        twin, images.double(), ops.starting_points(3, 4, K).double(), [6.0] * 4 + [6.0 * 0.2] * 3, 0.6
+        twin, images.double(), starting_points(3, 4, K).double(), [6.0] * 4 + [6.0 * 0.2] * 3, 0.6
     )
-    _, before = reference.project(twin, images.double(), ops.starting_points(3, 4, K).double(), [], 0.6)
+    _, before = reference.project(twin, images.double(), starting_points(3, 4, K).double(), [], 0.6)
     assert errors.median() < before.median() * 2 / 3, "the case does not move"
     torch.testing.assert_close(p.all_errors.double(), errors, rtol=1e-3, atol=1e-7)
     assert ((p.all_errors - errors).abs() / errors).median() < 1e-4
@@ -115,7 +117,7 @@ def test_every_field_against_the_specification(images: Tensor, backend: str) -> 
 def test_wrong_projectors_are_seen(images: Tensor, wrong: str) -> None:
     """The differences that the test above must notice are far above its tolerances."""
     generator = make_generator()
-    z0 = ops.starting_points(3, 4, K).double()
+    z0 = starting_points(3, 4, K).double()
     twin, x = copy.deepcopy(generator).double(), images.double()
     rates = [6.0] * 4 + [1.2] * 3
     latents, errors = reference.project(twin, x, z0, rates, 0.6)
@@ -123,7 +125,7 @@ def test_wrong_projectors_are_seen(images: Tensor, wrong: str) -> None:
         assert not torch.equal(errors.argmin(1), errors.sum(0).argmin().expand(len(x)))
         return
     cut = {"no step": [], "one step fewer": rates[:-1], "other seed": rates}[wrong]
-    z0 = ops.starting_points(4, 4, K).double() if wrong == "other seed" else z0
+    z0 = starting_points(4, 4, K).double() if wrong == "other seed" else z0
     other_latents, other = reference.project(twin, x, z0, cut, 0.6)
     assert ((other - errors).abs() / errors).median() > 1e-3
     assert (other_latents - latents).abs().max() > 1e-2
@@ -161,7 +163,7 @@ def test_float64_runs_on_the_reference_path(images: Tensor, generator_dtype: tor
     assert projector.precision_for(x) == "float64"
     assert projector.backend_for(x) == "reference"
     twin = copy.deepcopy(generator).double()
-    z0 = ops.starting_points(0, 3, K).double()
+    z0 = starting_points(0, 3, K).double()
     _, errors = reference.project(twin, x, z0, [8.0] * 4 + [0.8], 0.7)
     tolerance = 1e-9 if generator_dtype == torch.float64 else 1e-4
     torch.testing.assert_close(p.all_errors.double(), errors, rtol=tolerance, atol=1e-12)
@@ -193,7 +195,7 @@ def test_three_channels(backend: str) -> None:
     p = make_projector(generator, backend=backend).project(x)
     assert p.images.shape == x.shape
     _, errors = reference.project(
-        lambda z: generator(z[:, :, None, None]), x, ops.starting_points(0, 3, K), [8.0] * 4 + [0.8], 0.7
+        lambda z: generator(z[:, :, None, None]), x, starting_points(0, 3, K), [8.0] * 4 + [0.8], 0.7
     )
     torch.testing.assert_close(p.all_errors, errors, rtol=1e-3, atol=1e-6)
 
@@ -279,7 +281,7 @@ def test_same_seed_same_bits(images: Tensor, backend: str) -> None:
     assert same(projector.project(images), first)
     assert same(make_projector(backend=backend, seed=21).project(images), first)
     assert same(make_projector(backend=backend, seed=2).project(images, seed=21), first)
-    assert same(projector.project(images, z0=ops.starting_points(21, 3, K)), first)
+    assert same(projector.project(images, z0=starting_points(21, 3, K)), first)
     other = make_projector(backend=backend, seed=22).project(images)
     assert not torch.equal(other.all_errors, first.all_errors)
     assert same(projector.project(images, seed=22), other)
@@ -384,7 +386,7 @@ def test_images_are_left_alone(images: Tensor, backend: str, gradient: str) -> N
         with torch.no_grad():
             out.zero_()
         assert torch.equal(x, images)
-    z0 = ops.starting_points(0, 3, K)
+    z0 = starting_points(0, 3, K)
     kept = z0.clone()
     p = projector.project(images, z0=z0)
     p.latents.zero_()
@@ -1030,7 +1032,7 @@ def test_unrolled_op_passes_gradcheck() -> None:
         latents, _ = reference.project(generator, x, z0[:, None], rates, 0.7)
         with torch.no_grad():
             reconstruction = generator(latents[:, 0])
-        return ops.unrolled(x, reconstruction, z0, parameters, plan.text, rates, 0.7)
+        return gradients.unrolled(x, reconstruction, z0, parameters, plan.text, rates, 0.7)
 
     x = torch.rand(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(reconstruct, (x,), eps=1e-6, atol=1e-8)
@@ -1057,7 +1059,7 @@ def test_unrolled_in_float32_is_the_one_of_float64(backend: str) -> None:
 def test_unrolled_follows_the_chosen_restart_of_each_image(images: Tensor, backend: str) -> None:
     """Against a projector that is given each image's best starting point alone; per image and for [B, R, k]."""
     projector = make_projector(backend=backend, gradient="unrolled")
-    for z0 in (ops.starting_points(0, 3, K), torch.randn(4, 3, K)):
+    for z0 in (starting_points(0, 3, K), torch.randn(4, 3, K)):
         x = images.clone().requires_grad_()
         p = projector.project(x, z0=z0)
         assert len(set(p.restarts.tolist())) > 1, "the case cannot tell restarts apart"
@@ -1214,7 +1216,7 @@ def test_unvalidated_rows_show_it_and_leave_others_alone(images: Tensor, backend
 def test_a_restart_that_overflows_never_wins(images: Tensor, backend: str, bad: float) -> None:
     for end in (nn.Sigmoid(), nn.Identity()):
         projector = make_projector(make_generator(end), backend=backend, validate=False, lr=1e-3)
-        z0 = ops.starting_points(0, 3, K)
+        z0 = starting_points(0, 3, K)
         finite = projector.project(images, z0=z0[1:])
         z0[0] = bad
         p = projector.project(images, z0=z0)

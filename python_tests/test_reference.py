@@ -16,8 +16,9 @@ import pytest
 import torch
 from generators import make_case
 
-from defgan_fast import ops, reference
+from defgan_fast import reference
 from defgan_fast.lowering import decoder_of
+from defgan_fast.starts import starting_points
 
 
 class TwoLayers(torch.nn.Module):
@@ -221,7 +222,7 @@ def test_best_restarts_of_nothing() -> None:
 
 def test_starting_points_are_standard_normal_over_root_k() -> None:
     k = 128
-    points = ops.starting_points(0, 400, k).double() * math.sqrt(k)
+    points = starting_points(0, 400, k).double() * math.sqrt(k)
     n = points.numel()
     assert abs(points.mean()) < 4 / math.sqrt(n)
     assert abs(points.var() - 1) < 4 * math.sqrt(2 / n)
@@ -240,21 +241,21 @@ def test_starting_points_are_standard_normal_over_root_k() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 128])
 def test_starting_point_r_depends_on_seed_and_r_alone(k: int) -> None:
-    many = ops.starting_points(5, 12, k)
+    many = starting_points(5, 12, k)
     assert many.shape == (12, k)
     assert many.dtype == torch.float32
     assert torch.isfinite(many).all()
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002 - the point is that global state does not matter
     for restarts in (1, 2, 5, 12):
-        assert torch.equal(ops.starting_points(5, restarts, k), many[:restarts])
+        assert torch.equal(starting_points(5, restarts, k), many[:restarts])
     assert len({tuple(row.tolist()) for row in many}) == 12
-    assert not torch.equal(ops.starting_points(6, 12, k), many)
+    assert not torch.equal(starting_points(6, 12, k), many)
 
 
 def test_starting_points_leave_the_global_random_state_alone() -> None:
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    ops.starting_points(0, 3, 10)
+    starting_points(0, 3, 10)
     assert torch.equal(before, torch.get_rng_state())
     assert (numpy_before == np.random.get_state()[1]).all()  # noqa: NPY002
 
@@ -269,12 +270,10 @@ ANCHOR_NEGATIVE = [-0.669095337, -0.55814445, 1.57857955]
 
 def test_starting_points_of_seed_0_are_these() -> None:
     """An anchor: the same on every machine and in every version of torch and numpy, to libm's last digits."""
-    points = ops.starting_points(0, 2, 4)
+    points = starting_points(0, 2, 4)
     expected = torch.tensor(ANCHOR_4)
     torch.testing.assert_close(points, expected, rtol=2e-7, atol=0)
-    many = ops.starting_points(0, 10, 128)
+    many = starting_points(0, 10, 128)
     rounded = (many.double() * 1e3).round().to(torch.int32).numpy()
     assert hashlib.sha256(rounded.tobytes()).hexdigest() == ANCHOR_HASH
-    torch.testing.assert_close(
-        ops.starting_points(-3, 1, 3), torch.tensor([ANCHOR_NEGATIVE]), rtol=2e-7, atol=0
-    )
+    torch.testing.assert_close(starting_points(-3, 1, 3), torch.tensor([ANCHOR_NEGATIVE]), rtol=2e-7, atol=0)

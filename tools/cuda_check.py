@@ -80,12 +80,13 @@ class Unit:
 
 
 def build_settings() -> ModuleType:
-    """`defgan_fast/_build.py` by its path: importing the package would import torch."""
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "defgan_fast" / "_build.py")
+    """Loads `defgan_fast/kernels/build.py` by its path: importing the package would import torch."""
+    path = ROOT / "defgan_fast" / "kernels" / "build.py"
+    spec = importlib.util.spec_from_file_location("defgan_fast_build", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["_build"] = module  # dataclasses look their module up by name
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import _extension
+from ..kernels import extension
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MATRICES = (256, 512, 1024, 2048)
@@ -34,7 +34,7 @@ def machine_limits(
 
 def probe(precision: str, threads: int, seconds: float = 0.3) -> float | None:
     """GFLOP/s of multiply-adds on registers, best of three; None without the compiled module."""
-    module: Any = _extension.module()
+    module: Any = extension.module()
     if module is None:
         return None
     isa = module.active_instruction_set()

@@ -23,8 +23,9 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from .. import _extension, reference
+from .. import reference
 from ..info import environment
+from ..kernels import extension
 from . import peers
 from .flops import flop_per_step
 from .generators import latent_size, moving_generator
@@ -179,8 +180,8 @@ def measure(
         with OtherLoad() as load:
             result["limits"].update(machine_limits(threads, missing))
         result["other_load"] = _most(result["other_load"], load.cores)
-    if _extension.module() is None:
-        result["skipped"]["defgan_fast"] = _extension.status()["reason"]
+    if extension.module() is None:
+        result["skipped"]["defgan_fast"] = extension.status()["reason"]
     measured = {Case(row["images"], row["restarts"], row["precision"]) for row in result["rows"]}
     for case in cases:
         if case in measured:

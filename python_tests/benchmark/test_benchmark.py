@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defgan_fast import _extension, cli, lowering
+from defgan_fast import cli, lowering
 from defgan_fast.benchmark import flops, generators, peers, report, run
 from defgan_fast.benchmark.load import OtherLoad
+from defgan_fast.kernels import extension
 
-needs_kernels = pytest.mark.skipif(not _extension.load(), reason="the extension is not built")
+needs_kernels = pytest.mark.skipif(not extension.load(), reason="the extension is not built")
 
 
 def test_mnist_step_is_70_mflop():
@@ -63,7 +64,7 @@ def test_kernels_count_the_same_work(name):
     generator = generators.moving_generator(name)
     k = generators.latent_size(generator)
     plan = lowering.lower(generator, k).text
-    assert _extension.module().flop_per_step(plan) == flops.flop_per_step(generator, k)
+    assert extension.module().flop_per_step(plan) == flops.flop_per_step(generator, k)
 
 
 @pytest.mark.parametrize("name", generators.GENERATORS)

@@ -9,9 +9,10 @@ import re
 import pytest
 import torch
 
-from defgan_fast import __version__, _extension, cli, info
+from defgan_fast import __version__, cli, info
+from defgan_fast.kernels import extension
 
-needs_kernels = pytest.mark.skipif(not _extension.load(), reason="the extension is not built")
+needs_kernels = pytest.mark.skipif(not extension.load(), reason="the extension is not built")
 
 
 def test_environment_serialises_and_names_versions():
@@ -58,9 +59,9 @@ def test_how_the_extension_was_built():
 
 
 def test_without_the_module_the_reason_is_told(monkeypatch):
-    monkeypatch.setattr(_extension, "_module", None)
+    monkeypatch.setattr(extension, "_module", None)
     absent = {"built": "absent", "reason": "no compiler", "path": None, "without_cuda": "no compiler"}
-    monkeypatch.setattr(_extension, "_status", absent)
+    monkeypatch.setattr(extension, "_status", absent)
     found = info.environment()
     assert found["backends"]["cpu"] == {"available": False, "reason": "no compiler"}
     assert found["backends"]["reference"]["available"]

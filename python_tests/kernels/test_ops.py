@@ -14,7 +14,9 @@ import torch
 from generators import PaperGenerator, scale_up
 from torch import Tensor, nn
 
-from defgan_fast import Projector, lowering, ops
+from defgan_fast import Projector, gradients, lowering
+from defgan_fast.kernels import ops
+from defgan_fast.starts import starting_points
 
 kernels = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
 K = 8
@@ -102,12 +104,12 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_opcheck_straight_through(layout: str) -> None:
     x = LAYOUTS[layout](torch.rand(3, 2, 4, 5)).detach().requires_grad_()
-    torch.library.opcheck(ops.straight_through, (x, torch.rand(x.shape).to(x.dtype)))
+    torch.library.opcheck(gradients.straight_through, (x, torch.rand(x.shape).to(x.dtype)))
 
 
 def test_opcheck_no_gradient() -> None:
     """Without a gradient, which would raise as it should."""
-    torch.library.opcheck(ops.no_gradient, (torch.rand(3, 2, 4, 5), torch.rand(3, 2, 4, 5)))
+    torch.library.opcheck(gradients.no_gradient, (torch.rand(3, 2, 4, 5), torch.rand(3, 2, 4, 5)))
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
@@ -116,10 +118,10 @@ def test_opcheck_unrolled(generator: nn.Module, images: Tensor, layout: str) -> 
     x = LAYOUTS[layout](images).detach().requires_grad_()
     z0 = torch.randn(len(x), K)
     torch.library.opcheck(
-        ops.unrolled, (x, torch.rand(x.shape).to(x.dtype), z0, parameters, text, [2.0, 0.2], 0.7)
+        gradients.unrolled, (x, torch.rand(x.shape).to(x.dtype), z0, parameters, text, [2.0, 0.2], 0.7)
     )
     torch.library.opcheck(
-        ops.unrolled_gradient,
+        gradients.unrolled_gradient,
         (torch.randn(x.shape).to(x.dtype), x.detach(), z0, parameters, text, [2.0], 0.7),
     )
 
@@ -127,7 +129,7 @@ def test_opcheck_unrolled(generator: nn.Module, images: Tensor, layout: str) -> 
 def test_opcheck_starting_points() -> None:
     op = torch.ops.defgan_fast.starting_points.default
     torch.library.opcheck(op, (-7, 3, 5))
-    assert torch.equal(op(4, 3, 5), ops.starting_points(4, 3, 5))
+    assert torch.equal(op(4, 3, 5), starting_points(4, 3, 5))
 
 
 @kernels
@@ -161,7 +163,7 @@ def test_kernels_have_no_derivative_of_their_own(generator: nn.Module, images: T
             out.sum().backward(retain_graph=True)
 
 
-@pytest.mark.parametrize("op", [ops.straight_through, ops.no_gradient])
+@pytest.mark.parametrize("op", [gradients.straight_through, gradients.no_gradient])
 def test_ties_keep_the_bits_and_share_no_memory(op) -> None:
     x, reconstruction = torch.rand(2, 1, 3, 3, requires_grad=True), torch.rand(2, 1, 3, 3)
     out = op(x, reconstruction)

@@ -18,13 +18,14 @@ import pytest
 import torch
 from generators import FAMILIES, Case, make_case, shipped_case
 
-from defgan_fast import _extension, lowering, ops, reference
+from defgan_fast import lowering, reference
+from defgan_fast.kernels import extension, ops
 from defgan_fast.lowering import decoder_of
 from defgan_fast.weights import shipped
 
 pytestmark = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
 
-_module = _extension.module()
+_module = extension.module()
 SETS: list[str] = _module.instruction_sets() if _module else []
 
 

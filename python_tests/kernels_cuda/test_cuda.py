@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import defgan_fast
-from defgan_fast import Projector, _extension, lowering, ops, reference
+from defgan_fast import Projector, lowering, reference
 from defgan_fast.benchmark import run as benchmark
 from defgan_fast.benchmark.generators import moving_generator
+from defgan_fast.kernels import extension, ops
 
 needs_kernels = pytest.mark.skipif(not ops.kernels_available, reason="the extension is not built")
 needs_cuda_build = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def lowered(name: str) -> tuple[str, tuple[int, ...]]:
 
 def schedule(name: str, precision: str, rows: int, device: dict[str, Any], **options: Any) -> dict[str, Any]:
     text, elements = lowered(name)
-    module: Any = _extension.module()
+    module: Any = extension.module()
     return module.cuda_schedule(text, elements, precision, rows=rows, **device, **options)
 
 
@@ -125,7 +126,7 @@ def test_what_cannot_run_is_said_in_one_line(
 
 @needs_kernels
 def test_planning_checks_the_parameters() -> None:
-    module: Any = _extension.module()
+    module: Any = extension.module()
     generator = moving_generator("digits")
     plan = lowering.lower(generator, 64)
     with pytest.raises(ValueError, match="weight must have 131072 elements, got 1"):
@@ -151,10 +152,10 @@ def test_asking_for_cuda_says_what_is_missing() -> None:
 
 @needs_cuda_build
 def test_the_build_has_the_kernels() -> None:
-    status = _extension.status()
+    status = extension.status()
     assert status["without_cuda"] is None, status["without_cuda"]
     assert ops.cuda_kernels_built
-    module: Any = _extension.module()
+    module: Any = extension.module()
     assert module.build_info()["cuda"] == "yes"
     assert torch.version.cuda is not None
     assert module.build_info()["cuda_toolkit"].split(".")[0] == torch.version.cuda.split(".")[0]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from defgan_fast import lowering, models, reference
 from defgan_fast.lowering import decoder_of, latent_size_of
-from defgan_fast.ops import starting_points
+from defgan_fast.starts import starting_points
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of one step's gradient, relative: against float64, and against float64 rounded at the kernels' points.

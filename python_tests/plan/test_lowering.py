@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from generators import FAMILIES, PaperGenerator, scale_up
 from torch import Tensor, nn
 
-from defgan_fast import LoweringError, Projector, lowering, ops, reference
+from defgan_fast import LoweringError, Projector, lowering, reference
+from defgan_fast.kernels import ops
 
 
 def check(generator: nn.Module, k: int, kinds: list[str] | None = None, scale: bool = True) -> lowering.Plan:

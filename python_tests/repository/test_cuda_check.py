@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from defgan_fast import _build
+from defgan_fast.kernels import build
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "cuda_check.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the checkout")
@@ -132,7 +132,7 @@ def test_fused_kernels_are_for_the_architectures_that_hold_them(cuda_check):
     assert all(cuda_check.applies(team, a) for a in cuda_check.ARCHITECTURES)
 
 
-@pytest.mark.skipif(_build.cuda_home() is None, reason="no nvcc")
+@pytest.mark.skipif(build.cuda_home() is None, reason="no nvcc")
 @pytest.mark.parametrize(
     ("source", "status", "said"),
     [

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from defgan_fast import _extension
+from defgan_fast.kernels import extension
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu_check.py"
 pytestmark = [
     pytest.mark.skipif(not SCRIPT.is_file(), reason="needs the checkout"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run bench/gpu_check.py itself"),
 ]
-needs_kernels = pytest.mark.skipif(not _extension.load(), reason="the extension is not built")
+needs_kernels = pytest.mark.skipif(not extension.load(), reason="the extension is not built")
 
 
 @pytest.fixture

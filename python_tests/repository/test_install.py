@@ -23,7 +23,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from defgan_fast import __version__, _build, _extension
+from defgan_fast import __version__
+from defgan_fast.kernels import build, extension
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -38,7 +39,7 @@ os.environ.pop("DEFGAN_CPU_ISA", None)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import defgan_fast
-    import defgan_fast._extension
+    import defgan_fast.kernels.extension
     import torch
     from defgan_fast.models import Generator
     torch.manual_seed(0)
@@ -47,7 +48,7 @@ with warnings.catch_warnings(record=True) as caught:
     found = projector.project(images)
 print(json.dumps({
     "file": defgan_fast.__file__,
-    "status": defgan_fast._extension.status(),
+    "status": defgan_fast.kernels.extension.status(),
     "warnings": [str(w.message) for w in caught if "reference path" in str(w.message)],
     "backend": projector.backend_for(images),
     "errors": [e.hex() for e in found.errors.tolist()],
@@ -150,7 +151,7 @@ def test_source_install_without_compiler_runs_the_reference_with_one_warning(
 def test_source_install_compiles_on_first_import_and_only_then(source, environment, no_torch, tmp_path):
     install(environment, source, **no_torch)
     cache = tmp_path / "cache"
-    key = _extension._cache_key(CSRC)
+    key = extension._cache_key(CSRC)
     # What a build that was killed leaves behind: torch's lock file would make the next one wait for ever.
     (cache / f"defgan_fast_C-{key}").mkdir(parents=True)
     (cache / f"defgan_fast_C-{key}" / "lock").touch()
@@ -165,7 +166,7 @@ def test_source_install_compiles_on_first_import_and_only_then(source, environme
     assert again == first
     assert "compiling" not in said
 
-    if _extension.load():
+    if extension.load():
         here, _ = project(sys.executable, ROOT)
         assert here["errors"] == first["errors"]
 
@@ -212,9 +213,7 @@ def test_wheel_holds_what_it_needs_and_nothing_built(source, no_torch, tmp_path)
     (wheel,) = tmp_path.glob("defgan_fast-*.whl")
     assert wheel.name == f"defgan_fast-{__version__}-py3-none-any.whl"
     names = set(zipfile.ZipFile(wheel).namelist())
-    shipped = {
-        f"defgan_fast/_csrc/{path.relative_to(CSRC).as_posix()}" for path in _build.shipped_files(CSRC)
-    }
+    shipped = {f"defgan_fast/_csrc/{path.relative_to(CSRC).as_posix()}" for path in build.shipped_files(CSRC)}
     assert shipped <= names
     assert {"defgan_fast/py.typed", "defgan_fast/_C.pyi", "defgan_fast/cli.py"} <= names
     weights = {f"defgan_fast/weights/{path.name}" for path in ROOT.glob("defgan_fast/weights/*.safetensors")}
@@ -228,7 +227,7 @@ def test_source_distribution_can_be_built_from(source, no_torch, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    assert {f"csrc/{path.relative_to(CSRC).as_posix()}" for path in _build.shipped_files(CSRC)} <= names
+    assert {f"csrc/{path.relative_to(CSRC).as_posix()}" for path in build.shipped_files(CSRC)} <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "CMakeLists.txt", "README.md"} <= names
 
 
@@ -239,99 +238,134 @@ def test_metadata_has_the_version_of_the_package():
 @in_checkout
 def test_objects_do_not_overwrite_each_other(tmp_path):
     # A build on first import puts all objects in one folder under the name of their source.
-    sources = _build.source_files(CSRC, cuda=True)
-    names = {_extension._under_its_own_name(path, CSRC, tmp_path).stem for path in sources}
+    sources = build.source_files(CSRC, cuda=True)
+    names = {extension._under_its_own_name(path, CSRC, tmp_path).stem for path in sources}
     assert len(names) == len(sources) > 3
 
 
 @in_checkout
 def test_builds_with_cuda_have_more_sources():
-    plain, cuda = set(_build.source_files(CSRC)), set(_build.source_files(CSRC, cuda=True))
+    plain, cuda = set(build.source_files(CSRC)), set(build.source_files(CSRC, cuda=True))
     assert {path.name for path in cuda - plain} == {
         "project_op_cuda.cpp",
-        *(path.name for path in _build.cuda_source_files(CSRC)),
+        *(path.name for path in build.cuda_source_files(CSRC)),
     }
-    assert plain < cuda <= set(_build.shipped_files(CSRC))
+    assert plain < cuda <= set(build.shipped_files(CSRC))
 
 
 @in_checkout
 def test_fingerprint_follows_sources_headers_and_flags(tmp_path, monkeypatch):
     copy = tmp_path / "csrc"
     shutil.copytree(CSRC, copy)
-    before = _build.fingerprint(copy)
-    assert before == _build.fingerprint(CSRC)
+    before = build.fingerprint(copy)
+    assert before == build.fingerprint(CSRC)
     (copy / "tests" / "test_more.cpp").parent.mkdir(exist_ok=True)
     (copy / "tests" / "test_more.cpp").write_text("int main() {}\n")
-    assert _build.fingerprint(copy) == before
+    assert build.fingerprint(copy) == before
     with (copy / "plan.h").open("a") as header:
         header.write("// changed\n")
-    assert _build.fingerprint(copy) != before
+    assert build.fingerprint(copy) != before
     for name in ("COMPILE_FLAGS", "NVCC_FLAGS"):
-        monkeypatch.setattr(_build, name, [*getattr(_build, name), "-g"])
-        assert _build.fingerprint(CSRC) != before
+        monkeypatch.setattr(build, name, [*getattr(build, name), "-g"])
+        assert build.fingerprint(CSRC) != before
         monkeypatch.undo()
 
 
 @in_checkout
 def test_cache_key_follows_torch(monkeypatch):
-    before = _extension._cache_key(CSRC)
+    before = extension._cache_key(CSRC)
     monkeypatch.setattr(torch, "__version__", "2.99.0+cu999")
-    assert "torch2.99.0_cu999" in _extension._cache_key(CSRC) != before
+    assert "torch2.99.0_cu999" in extension._cache_key(CSRC) != before
 
 
 def test_cache_key_follows_the_toolkit_and_the_architectures(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    keys = {_extension._cache_key(CSRC)}
+    keys = {extension._cache_key(CSRC)}
     for name, value in (("CUDA_HOME", "/cuda"), ("TORCH_CUDA_ARCH_LIST", "9.0"), ("PATH", "/nowhere")):
         monkeypatch.setenv(name, value)
-        keys.add(_extension._cache_key(CSRC))
+        keys.add(extension._cache_key(CSRC))
     assert len(keys) >= 3
     monkeypatch.setattr(torch.version, "cuda", None)
-    before = _extension._cache_key(CSRC)
+    before = extension._cache_key(CSRC)
     monkeypatch.setenv("CUDA_HOME", "/other")
-    assert _extension._cache_key(CSRC) == before
+    assert extension._cache_key(CSRC) == before
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
         ({"torch": torch.__version__}, None),
-        ({"torch": _build.release(torch.__version__) + "+cu999"}, None),
+        ({"torch": build.release(torch.__version__) + "+cu999"}, None),
         ({"torch": "2.0.1"}, "it was built for torch 2.0.1, and torch"),
         ({}, "it was built for torch unknown"),
         (None, "the record of its build is missing"),
     ],
 )
 def test_a_module_built_for_another_torch_is_not_loaded(record, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(_extension, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path)
     if record is not None:
-        (tmp_path / _build.BUILD_RECORD).write_text(json.dumps(record))
-    misfit = _extension._misfit()
+        (tmp_path / build.BUILD_RECORD).write_text(json.dumps(record))
+    misfit = extension._misfit()
     assert misfit is None if reason is None else reason in (misfit or "")
 
 
 @pytest.mark.parametrize(
-    ("torch_cuda", "home", "nvcc", "sources", "use", "reason"),
+    ("torch_cuda", "home", "nvcc", "sources", "reason"),
     [
-        (None, "/usr/local/cuda", "13.0", 3, False, "torch 2.13.0 is a build without CUDA"),
-        ("13.0", "/usr/local/cuda", "13.0", 0, False, "has no CUDA kernels"),
-        ("13.0", None, None, 3, False, "no toolkit was found (set CUDA_HOME)"),
-        ("13.0", "/usr/local/cuda", None, 3, False, "nvcc does not run in /usr/local/cuda"),
-        (
-            "13.0",
-            "/usr/local/cuda",
-            "12.8",
-            3,
-            False,
-            "nvcc is of CUDA 12.8 but torch was built for CUDA 13.0",
-        ),
-        ("13.0", "/usr/local/cuda", "13.2", 3, True, "CUDA 13.2 in /usr/local/cuda"),
+        (None, "/usr/local/cuda", "13.0", 3, "torch 2.13.0 is a build without CUDA"),
+        ("13.0", "/usr/local/cuda", "13.0", 0, "has no CUDA kernels"),
+        ("13.0", None, None, 3, "no toolkit was found (set CUDA_HOME)"),
+        ("13.0", "/usr/local/cuda", None, 3, "nvcc does not run in /usr/local/cuda"),
+        ("13.0", "/usr/local/cuda", "12.8", 3, "nvcc is of CUDA 12.8 but torch was built for CUDA 13.0"),
+        ("13.0", "/usr/local/cuda", "13.2", 3, None),
     ],
 )
-def test_cuda_is_decided_by_torch_and_toolkit(torch_cuda, home, nvcc, sources, use, reason):
-    decision = _build.decide_cuda("2.13.0", torch_cuda, home, nvcc, sources)
-    assert decision.use is use
-    assert reason in decision.reason
+def test_cuda_is_decided_by_torch_and_toolkit(torch_cuda, home, nvcc, sources, reason):
+    found = build.why_without_cuda("2.13.0", torch_cuda, home, nvcc, sources)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def fake_toolkit(folder, release="13.0"):
+    """A folder whose nvcc says its version and no more."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+@in_checkout
+def test_a_decision_for_cuda_names_toolkit_and_architectures(tmp_path, monkeypatch):
+    home = fake_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(build, "visible_capabilities", lambda: ["9.0"])
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    decision = build.decide_cuda(CSRC, "2.13.0", "13.0")
+    assert decision == build.Decision(True, f"CUDA 13.0 in {home}", str(home), "9.0+PTX")
+    assert decision.record("2.13.0") == {
+        "torch": "2.13.0",
+        "cuda": True,
+        "reason": decision.reason,
+        "architectures": "9.0+PTX",
+    }
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert build.decide_cuda(CSRC, "2.13.0", "13.0").architectures == "8.0"
+    decision = build.decide_cuda(tmp_path, "2.13.0", "13.0")
+    assert decision == build.Decision(False, "this version of defgan_fast has no CUDA kernels")
+    assert decision.record("2.13.0").keys() == {"torch", "cuda", "reason"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [(None, "c++"), ("", "c++"), (" ", "c++"), ("g++-13", "g++-13"), ("ccache g++", "ccache")],
+)
+def test_the_compiler_is_the_first_word_of_its_variable(variable, expected, monkeypatch):
+    if variable is None:
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", variable)
+    assert build.compiler() == expected
 
 
 @pytest.mark.parametrize(
@@ -347,7 +381,7 @@ def test_cuda_is_decided_by_torch_and_toolkit(torch_cuda, home, nvcc, sources, u
     ],
 )
 def test_architectures_are_those_in_sight_or_all_that_the_toolkit_knows(nvcc, capabilities, expected):
-    assert _build.architecture_list(nvcc, capabilities) == expected
+    assert build.architecture_list(nvcc, capabilities) == expected
 
 
 def test_the_toolkit_is_found_behind_a_script(tmp_path, monkeypatch):
@@ -361,20 +395,20 @@ def test_the_toolkit_is_found_behind_a_script(tmp_path, monkeypatch):
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(scripts), prepend=os.pathsep)
-    assert _build.cuda_home() == str(home)
+    assert build.cuda_home() == str(home)
     monkeypatch.setenv("CUDA_PATH", "/elsewhere")
-    assert _build.cuda_home() == "/elsewhere"
+    assert build.cuda_home() == "/elsewhere"
 
 
 def test_capabilities_are_asked_of_the_driver(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _build.visible_capabilities() == []
+    assert build.visible_capabilities() == []
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 9.0; echo 8.6\n")
     tool.chmod(0o755)
-    assert _build.visible_capabilities() == ["9.0", "8.6"]
+    assert build.visible_capabilities() == ["9.0", "8.6"]
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
-    assert _build.visible_capabilities() == []
+    assert build.visible_capabilities() == []
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -390,35 +424,33 @@ def test_cuda_that_does_not_compile_costs_no_more_than_cuda(fails, tmp_path, mon
             raise RuntimeError("Error building extension\nhost.h:3: error: unsupported GNU version")
         library.touch()
         module.__file__ = str(library)
-        return module, {"torch": torch.__version__, "cuda": decision.use, "reason": decision.reason}
+        return module
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(_extension, "cuda_decision", lambda: _build.Decision(True, "CUDA 13.0 in /cuda"))
-    monkeypatch.setattr(_extension, "_compile", compile_)
-    monkeypatch.setattr(_extension, "_import_file", lambda library: library)
-    assert _extension._on_first_import() is module
+    decided = build.Decision(True, "CUDA 13.0 in /cuda", "/cuda", "9.0+PTX")
+    monkeypatch.setattr(build, "decide_cuda", lambda *_: decided)
+    monkeypatch.setattr(extension, "_compile", compile_)
+    monkeypatch.setattr(extension, "_import_file", lambda library: library)
+    assert extension._on_first_import() is module
     assert tried == ([True, False] if fails else [True])
     folder = Path(module.__file__).parent
-    status = _extension._told("on first import", "", module, folder)
+    status = extension._told("on first import", "", module, folder)
     why = "compiling them failed: host.h:3: error: unsupported GNU version"
     assert status["without_cuda"] == (why if fails else None)
     assert (why in capsys.readouterr().err) == fails
-    assert str(_extension._on_first_import()) == module.__file__  # the next import finds what was built
+    assert str(extension._on_first_import()) == module.__file__  # the next import finds what was built
 
 
 def test_nvcc_version_is_read_from_what_it_prints(tmp_path):
-    assert _build.nvcc_version(str(tmp_path)) is None
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
-    nvcc.chmod(0o755)
-    assert _build.nvcc_version(str(tmp_path)) == "13.0"
+    assert build.nvcc_version(str(tmp_path)) is None
+    nvcc = fake_toolkit(tmp_path) / "bin" / "nvcc"
+    assert build.nvcc_version(str(tmp_path)) == "13.0"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert _build.nvcc_version(str(tmp_path)) is None
+    assert build.nvcc_version(str(tmp_path)) is None
 
 
 def test_an_error_is_told_by_the_line_that_says_most():
     ninja = "Error building extension 'x': [1/2] c++ ...\na.cpp:3:1: error: no such thing\nninja: stopped"
-    assert _extension._one_line(RuntimeError(ninja)) == "a.cpp:3:1: error: no such thing"
-    assert _extension._one_line(RuntimeError("first\nsecond")) == "first"
-    assert _extension._one_line(ImportError()) == "ImportError"
+    assert extension._one_line(RuntimeError(ninja)) == "a.cpp:3:1: error: no such thing"
+    assert extension._one_line(RuntimeError("first\nsecond")) == "first"
+    assert extension._one_line(ImportError()) == "ImportError"

@@ -18,7 +18,6 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
 import shutil
 import sys
 import threading
@@ -27,20 +26,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 
-from . import _build
-from ._version import __version__
+from .._version import __version__
+from . import build
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parent.parent
 _JIT_NAME = "defgan_fast_C"
-_FINISHED = "finished"  # written after a build in the cache was loaded once; holds the library's name
+_FINISHED = (
+    "finished"  # this file is written after a build in the cache was loaded once; it holds the library's name
+)
 
 
 class Status(TypedDict):
-    """How the compiled module came to be: see `status`."""
+    """How the compiled module came to be.
+
+    Attributes:
+        built: "ahead of time", "on first import" or "absent".
+        reason: why so.
+        path: where the module lies, None where it is absent.
+        without_cuda: why it has no CUDA kernels, None where it has.
+        architectures: the CUDA architectures that it was compiled for.
+    """
 
     built: str
     reason: str
@@ -76,42 +85,26 @@ def load() -> bool:
 
 
 def module() -> ModuleType | None:
-    """The compiled module, or None where there is none. Calls `load`."""
+    """Returns the compiled module, or None where there is none; loads it first."""
     load()
     return _module
 
 
 def status() -> Status:
-    """How the module was built ("ahead of time", "on first import" or "absent"), why, and where it lies.
-
-    `without_cuda` is why it has no CUDA kernels, None where it has; `architectures` what they were compiled for.
-    """
+    """Returns how the module was built, why, and where it lies; loads it first."""
     load()
     return _status.copy()
 
 
 def has_cuda() -> bool:
-    """Whether the compiled module has the CUDA kernels; a GPU to run them on is another question."""
+    """Returns whether the compiled module has the CUDA kernels; a GPU to run them on is another question."""
     return load() and _status["without_cuda"] is None
 
 
-def cuda_decision() -> _build.Decision:
-    """Whether a build made here and now would have the CUDA kernels, and why."""
-    csrc = sources()
-    home = _build.cuda_home() if torch.version.cuda else None
-    return _build.decide_cuda(
-        torch.__version__,
-        torch.version.cuda,
-        home,
-        _build.nvcc_version(home) if home else None,
-        len(_build.cuda_source_files(csrc)) if csrc else 0,
-    )
-
-
 def sources() -> Path | None:
-    """The folder with the C++ sources, of the installed package or of the checkout; None without one."""
+    """Returns the folder with the C++ sources, of the installed package or of the checkout; None without one."""
     for folder in (_PACKAGE / "_csrc", _PACKAGE.parent / "csrc"):
-        if _build.source_files(folder):
+        if build.source_files(folder):
             return folder
     return None
 
@@ -143,8 +136,8 @@ def _load() -> None:
 
 
 def _told(built: str, reason: str, module: ModuleType, folder: Path) -> Status:
-    """The status of a module that was loaded, with what the record of its build says."""
-    record = json.loads((folder / _build.BUILD_RECORD).read_text())
+    """Returns the status of a module that was loaded, with what the record of its build says."""
+    record = json.loads((folder / build.BUILD_RECORD).read_text())
     return {
         "built": built,
         "reason": reason,
@@ -155,19 +148,19 @@ def _told(built: str, reason: str, module: ModuleType, folder: Path) -> Status:
 
 
 def _misfit() -> str | None:
-    """Why the module built with the package must not be loaded beside this torch, or None."""
+    """Returns why the module built with the package must not be loaded beside this torch, or None."""
     try:
-        record = json.loads((_PACKAGE / _build.BUILD_RECORD).read_text())
+        record = json.loads((_PACKAGE / build.BUILD_RECORD).read_text())
     except (OSError, ValueError):
         return "the record of its build is missing"
     built_for = record.get("torch", "unknown")
-    if _build.release(built_for) != _build.release(torch.__version__):
+    if build.release(built_for) != build.release(torch.__version__):
         return f"it was built for torch {built_for}, and torch {torch.__version__} is installed"
     return None
 
 
 def _on_first_import() -> ModuleType:
-    """Loads the module from the cache, and compiles it into the cache where it is not there yet.
+    """Returns the module from the cache, and compiles it into the cache where it is not there yet.
 
     Raises:
         RuntimeError, OSError, ImportError: with the reason, in a message of which the first line is enough.
@@ -180,9 +173,8 @@ def _on_first_import() -> ModuleType:
     if library is not None:
         return _import_file(library)
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if shutil.which(compiler) is None:
-        raise RuntimeError(f"no C++ compiler: '{compiler}' was not found (install g++, or set CXX)")
+    if shutil.which(build.compiler()) is None:
+        raise RuntimeError(f"no C++ compiler: '{build.compiler()}' was not found (install g++, or set CXX)")
     folder.mkdir(parents=True, exist_ok=True)
     with _exclusive(folder / "defgan_fast.lock"):
         library = _finished(folder)
@@ -190,18 +182,19 @@ def _on_first_import() -> ModuleType:
             return _import_file(library)
         # torch's own lock is a file whose existence counts: one left by a killed build stops us for ever.
         (folder / "lock").unlink(missing_ok=True)
-        decision = cuda_decision()
+        decision = build.decide_cuda(csrc, torch.__version__, torch.version.cuda)
         _announce(f"torch {torch.__version__}, once (about a minute{', CUDA kernels longer' * decision.use})")
         try:
-            built, record = _compile(csrc, folder, decision)
+            built = _compile(csrc, folder, decision)
         except RuntimeError as error:
             if not decision.use:
                 raise
             # A host compiler that this nvcc refuses, say, is no reason to go without the CPU kernels.
-            decision = _build.Decision(False, f"compiling them failed: {_one_line(error)}")
+            decision = build.Decision(False, f"compiling them failed: {_one_line(error)}")
             _announce(f"torch {torch.__version__} again, without CUDA: {decision.reason}")
-            built, record = _compile(csrc, folder, decision)
-        (folder / _build.BUILD_RECORD).write_text(json.dumps(record) + "\n")
+            built = _compile(csrc, folder, decision)
+        record = decision.record(torch.__version__)
+        (folder / build.BUILD_RECORD).write_text(json.dumps(record) + "\n")
         (folder / _FINISHED).write_text(Path(built.__file__ or "").name)
         return built
 
@@ -211,7 +204,7 @@ def _announce(what: str) -> None:
 
 
 def _finished(folder: Path) -> Path | None:
-    """The library that an earlier import has built and loaded, or None."""
+    """Returns the library that an earlier import has built and loaded, or None."""
     try:
         library = folder / (folder / _FINISHED).read_text()
     except OSError:
@@ -219,50 +212,44 @@ def _finished(folder: Path) -> Path | None:
     return library if library.is_file() else None
 
 
-def _compile(csrc: Path, folder: Path, cuda: _build.Decision) -> tuple[ModuleType, dict[str, Any]]:
-    """The module, and the record of its build."""
+def _compile(csrc: Path, folder: Path, cuda: build.Decision) -> ModuleType:
+    """Returns the module, compiled and linked in `folder`."""
     from torch.utils import cpp_extension  # slow to import, and needed only here
 
-    record: dict[str, Any] = {"torch": torch.__version__, "cuda": cuda.use, "reason": cuda.reason}
-    variables: dict[str, str] = {}
+    variables = {"PATH": build.path_with_ninja()}
     if cuda.use:
-        home = _build.cuda_home() or ""
-        cpp_extension.CUDA_HOME = home
-        nvcc = _build.nvcc_version(home) or ""
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _build.architecture_list(
-            nvcc, _build.visible_capabilities()
-        )
-        variables["TORCH_CUDA_ARCH_LIST"] = record["architectures"] = architectures
-    with _ninja_on_path(), _environment(variables):
+        cpp_extension.CUDA_HOME = cuda.home
+        variables["TORCH_CUDA_ARCH_LIST"] = cuda.architectures or ""
+    with _environment(variables):
         built: ModuleType = cpp_extension.load(
             name=_JIT_NAME,
             sources=[
-                str(_under_its_own_name(path, csrc, folder)) for path in _build.source_files(csrc, cuda.use)
+                str(_under_its_own_name(path, csrc, folder)) for path in build.source_files(csrc, cuda.use)
             ],
-            extra_cflags=_build.compile_flags(cuda.use),
-            extra_cuda_cflags=_build.NVCC_FLAGS,
-            extra_ldflags=_build.LINK_FLAGS,
+            extra_cflags=build.compile_flags(cuda.use),
+            extra_cuda_cflags=build.NVCC_FLAGS,
+            extra_ldflags=build.LINK_FLAGS,
             extra_include_paths=[str(csrc)],
             build_directory=str(folder),
             with_cuda=cuda.use,
         )
-    return built, record
+    return built
 
 
 def _under_its_own_name(source: Path, csrc: Path, folder: Path) -> Path:
-    """A file in `folder` that includes `source` and is named by its whole path below `csrc`.
+    """Returns a file in `folder` that includes `source` and is named by its whole path below `csrc`.
 
     torch names an object by its source's file name alone, and cpu/ and cuda/ have files of the same name.
     """
     wrapper = folder / "-".join(source.relative_to(csrc).parts)
     text = f'#include "{source.resolve()}"\n'
-    if not wrapper.is_file() or wrapper.read_text() != text:  # its time of change is what ninja goes by
+    if not wrapper.is_file() or wrapper.read_text() != text:  # ninja goes by its time of change
         wrapper.write_text(text)
     return wrapper
 
 
 def _cache_root() -> Path:
-    """The folder where torch keeps compiled extensions, without importing torch's slow helper for it."""
+    """Returns the folder where torch keeps compiled extensions, without importing torch's slow helper for it."""
     configured = os.environ.get("TORCH_EXTENSIONS_DIR")
     if configured:
         return Path(configured)
@@ -271,13 +258,17 @@ def _cache_root() -> Path:
 
 
 def _cache_key(csrc: Path) -> str:
+    """Returns the part of the cache folder's name that changes with whatever the build depends on."""
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    parts = (__version__, f"torch{torch.__version__}", python, platform.machine(), _build.fingerprint(csrc))
+    parts = (__version__, f"torch{torch.__version__}", python, platform.machine(), build.fingerprint(csrc))
     return "-".join(parts + _cuda_key()).replace("+", "_")
 
 
 def _cuda_key() -> tuple[str, ...]:
-    """What decides the CUDA half of a build and may differ between machines or days; quick, and starts no CUDA."""
+    """Returns a hash of what decides the CUDA half of a build and may differ between machines or days.
+
+    It is quick, and starts no CUDA in this process.
+    """
     if torch.version.cuda is None:
         return ()
     toolkit = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")]
@@ -302,29 +293,15 @@ def _import_file(library: Path) -> ModuleType:
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock that the kernel releases when its process ends, however it ends."""
+    """Holds a lock that the operating system releases when the process ends, however it ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
-def _ninja_on_path() -> Iterator[None]:
-    """Puts the ninja that was installed with the package on PATH: its environment need not be activated."""
-    try:
-        import ninja
-
-        path = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-        variables = {"PATH": path}
-    except ImportError:
-        variables = {}  # a ninja of the system may be there; torch's own message names it where it is not
-    with _environment(variables):
-        yield
-
-
-@contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables for a while."""
+    """Sets environment variables until the block ends."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -338,6 +315,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    """The line of an error that says most: a compiler's first "error:", else the first line."""
+    """Returns the line of an error that says most: a compiler's first "error:", else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "error:" in line), lines[0])

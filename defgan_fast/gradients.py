@@ -1,83 +1,23 @@
-"""The torch ops: loads the compiled ones and registers those that are made of torch itself.
+"""How gradients flow through a projection: operators that tie a reconstruction to its image.
 
 `torch.ops.defgan_fast`:
-  project, decode          compiled (`csrc/project_op*.cpp`), one kernel a device; no derivative of their own
-  straight_through         ties a reconstruction to its image with an identity backward (BPDA)
-  unrolled                 ties it with the gradient through all steps, recomputed (from a plan's text)
-  no_gradient              ties it with a backward that raises
-  starting_points          the latents of (seed, restart)
-All are pure functions with a schema, a fake kernel and an autograd rule, so that torch.compile and torch.export
-take them as they are.
+  straight_through     ties with an identity backward (BPDA)
+  unrolled             ties with the gradient through all steps, recomputed from a plan's text
+  no_gradient          ties with a backward that raises
+Each returns the reconstruction bit for bit. They are pure functions with a schema, a fake kernel and an autograd rule,
+so that torch.compile and torch.export take them as they are. They are written in Python because they hold no
+arithmetic worth compiling, and serve the reference path where there is no compiler.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import _extension, lowering, reference
-
-kernels_available: bool = _extension.load()
-"""Whether the compiled ops are there; the reference path needs none of them."""
-
-cuda_kernels_built: bool = _extension.has_cuda()
-"""Whether they run on GPUs too."""
-
-OLDEST_CAPABILITY = (8, 0)
-"""Compute capability from which on a GPU has the tensor-core instructions that the kernels are written in."""
-
-
-def cuda_kernels_run_on(index: int) -> bool:
-    """Whether the GPU of that index runs the CUDA kernels of this build."""
-    return cuda_kernels_built and torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
-
-
-# All that torch.compiler.assume_constant_result does to a function, which would import the compiler first: 0.8 s.
-cuda_kernels_run_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def missing_cuda() -> str | None:
-    """Why no GPU of this machine runs the CUDA kernels, in one clause; None where one does."""
-    if not cuda_kernels_built:
-        return _extension.status()["without_cuda"]
-    if not torch.cuda.is_available():
-        return "the kernels are built, but torch sees no GPU"
-    if not any(cuda_kernels_run_on(index) for index in range(torch.cuda.device_count())):
-        least = ".".join(map(str, OLDEST_CAPABILITY))
-        return f"the kernels need a GPU of compute capability {least} or later"
-    return None
-
-
-def starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
-    """The first latents of every restart: N(0, 1/k), row r a function of (seed, r) and k alone, [R, k] float32.
-
-    Philox counts and a Box-Muller transform in float64, so that the points are the same on every machine and
-    in every version of torch and numpy, and restart r is the same whatever R is.
-    """
-    points = np.empty((restarts, latent_size))
-    pairs = (latent_size + 1) // 2
-    for restart in range(restarts):
-        bits = np.random.Philox(key=np.array([seed % 2**64, restart], dtype=np.uint64)).random_raw(2 * pairs)
-        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
-        radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * np.pi * uniform[pairs:]
-        normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        points[restart] = normal[:latent_size] / math.sqrt(latent_size)
-    return torch.from_numpy(points).float()
-
-
-@torch.library.custom_op("defgan_fast::starting_points", mutates_args=())
-def _starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
-    return starting_points(seed, restarts, latent_size)
-
-
-@_starting_points.register_fake
-def _(seed: int, restarts: int, latent_size: int) -> Tensor:
-    return torch.empty(restarts, latent_size, dtype=torch.float32, device="cpu")
+from . import lowering, reference
 
 
 @torch.library.custom_op("defgan_fast::straight_through", mutates_args=())

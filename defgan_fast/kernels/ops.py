@@ -1,0 +1,86 @@
+"""The compiled operators, and which devices they run on. Importing this module loads the extension.
+
+`torch.ops.defgan_fast.project` and `decode` have a kernel for each device, a fake kernel and no derivative: what ties
+a reconstruction to its image is in `defgan_fast/gradients.py`. Their C++ halves are `csrc/project_op*.cpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+kernels_available: bool = extension.load()
+"""Whether the compiled operators are there; the reference path needs none of them."""
+
+cuda_kernels_built: bool = extension.has_cuda()
+"""Whether they run on GPUs too."""
+
+OLDEST_CAPABILITY = (8, 0)
+"""Compute capability from which on a GPU has the tensor-core instructions that the kernels are written in."""
+
+
+def project(
+    images: Tensor,
+    z0: Tensor,
+    parameters: Sequence[Tensor],
+    plan: str,
+    lr_schedule: Sequence[float],
+    momentum: float,
+    precision: str,
+    max_rows: int,
+    validate: bool,
+) -> tuple[Tensor, Tensor]:
+    """Projects every image from every starting point.
+
+    Args:
+        images: [B, C, H, W] float32, bfloat16 or float16.
+        z0: [R, k] (shared by all images) or [B, R, k], a floating dtype, on the images' device.
+        parameters: the generator's tensors as the plan numbers them, on the images' device.
+        plan: the text of a `defgan_fast.plan.Plan`.
+        lr_schedule: the learning rate of each step, length L.
+        momentum: of the heavy ball.
+        precision: one of `precisions.ALL`.
+        max_rows: rows (image x restart) in flight at most; 0 keeps working memory under 200 MB.
+        validate: whether images must be finite and in the generator's range.
+
+    Returns:
+        latents [B, R, k] and their mean squared errors [B, R], both float32.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    found: tuple[Tensor, Tensor] = torch.ops.defgan_fast.project(
+        images, z0, parameters, plan, lr_schedule, momentum, precision, max_rows, validate
+    )
+    return found
+
+
+def decode(latents: Tensor, parameters: Sequence[Tensor], plan: str, max_rows: int) -> Tensor:
+    """Returns the generator's images for latents, [B, k] -> [B, C, H, W] float32; arguments as in `project`."""
+    images: Tensor = torch.ops.defgan_fast.decode(latents, parameters, plan, max_rows)
+    return images
+
+
+def cuda_kernels_run_on(index: int) -> bool:
+    """Returns whether the GPU of that index runs the CUDA kernels of this build."""
+    return cuda_kernels_built and torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+
+
+# torch.compiler.assume_constant_result does no more to a function, but imports the compiler first, which takes 0.8 s.
+cuda_kernels_run_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def missing_cuda() -> str | None:
+    """Returns why no GPU of this machine runs the CUDA kernels, in one clause; None where one does."""
+    if not cuda_kernels_built:
+        return extension.status()["without_cuda"]
+    if not torch.cuda.is_available():
+        return "the kernels are built, but torch sees no GPU"
+    if not any(cuda_kernels_run_on(index) for index in range(torch.cuda.device_count())):
+        least = ".".join(map(str, OLDEST_CAPABILITY))
+        return f"the kernels need a GPU of compute capability {least} or later"
+    return None

@@ -1,0 +1,53 @@
+"""Where descents begin: the starting points of every restart."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
+    """Returns the first latents of every restart, [R, k] float32 from N(0, I / k).
+
+    Row r is a function of (seed, r) and k alone: numbers come from Philox and a Box-Muller transform in float64, so
+    that they are the same on every machine and in every version of torch and numpy, and restart r is the same
+    whatever R is.
+    """
+    points = np.empty((restarts, latent_size))
+    pairs = (latent_size + 1) // 2
+    for restart in range(restarts):
+        bits = np.random.Philox(key=np.array([seed % 2**64, restart], dtype=np.uint64)).random_raw(2 * pairs)
+        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
+        radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * np.pi * uniform[pairs:]
+        normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        points[restart] = normal[:latent_size] / math.sqrt(latent_size)
+    return torch.from_numpy(points).float()
+
+
+@torch.library.custom_op("defgan_fast::starting_points", mutates_args=())
+def _starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
+    return starting_points(seed, restarts, latent_size)
+
+
+@_starting_points.register_fake
+def _(seed: int, restarts: int, latent_size: int) -> Tensor:
+    return torch.empty(restarts, latent_size, dtype=torch.float32, device="cpu")
+
+
+def seeded(seed: int, restarts: int, latent_size: int) -> Tensor:
+    """Returns `starting_points` by way of an operator, so that torch.compile and torch.export take the call as it is.
+
+    The seed may be any int: points depend on its last 64 bits, which are as many as an operator's integers have.
+    """
+    signed = (seed + 2**63) % 2**64 - 2**63
+    points: Tensor = torch.ops.defgan_fast.starting_points(signed, restarts, latent_size)
+    return points
+
+
+def fresh(images: int, restarts: int, latent_size: int, device: torch.device) -> Tensor:
+    """Returns new points of N(0, I / k) from torch's global random state for every image, [B, R, k] float32."""
+    shape = (images, restarts, latent_size)
+    return torch.randn(shape, dtype=torch.float32, device=device) / math.sqrt(latent_size)
