@@ -15,9 +15,9 @@
 #include <list>
 #include <mutex>
 
+#include "cpu/content_hash.h"
 #include "cpu/limits.h"
 #include "cpu/projection.h"
-#include "cpu/team.h"
 #include "cuda_options.h"
 #include "project_checks.h"
 #include "project_pool.h"
@@ -54,77 +54,11 @@ int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // --- packed weights, cached by content --------------------------------------------------------------------
 
-struct Hash {
-  uint64_t a = 0x9e3779b97f4a7c15u, b = 0xc2b2ae3d27d4eb4fu;
-  bool operator==(const Hash& o) const { return a == o.a && b == o.b; }
-};
-
-// Eight independent lanes, so that the multiplications overlap; each step is a bijection of its lane for given
-// data and of the data for a given lane, so that no single changed word can go unnoticed within a lane.
-void absorb(Hash& hash, const void* data, size_t bytes) {
-  constexpr uint64_t kPrime = 0x9fb21c651e98df25u;
-  uint64_t lanes[8];
-  for (int i = 0; i < 8; ++i) lanes[i] = hash.a + uint64_t(i) * hash.b;
-  const char* p = static_cast<const char*>(data);
-  const auto step = [&](const char* chunk) {
-    uint64_t words[8];
-    std::memcpy(words, chunk, 64);
-    for (int i = 0; i < 8; ++i) {
-      const uint64_t x = (lanes[i] ^ words[i]) * kPrime;
-      lanes[i] = x ^ (x >> 32);
-    }
-  };
-  size_t left = bytes;
-  for (; left >= 64; left -= 64, p += 64) step(p);
-  char last[64] = {};
-  std::memcpy(last, p, left);
-  step(last);
-  for (int i = 0; i < 8; ++i) {
-    hash.a = (hash.a ^ lanes[i]) * kPrime;
-    hash.a ^= hash.a >> 29;
-    hash.b = (hash.b + lanes[i]) * 0xd6e8feb86659fd93u;
-    hash.b ^= hash.b >> 32;
-  }
-  hash.a += bytes;
-}
-
-// Of all parameters, piece by piece: with large ones it is much of what a call costs beside its steps, so threads share it.
-Hash hash_of(const std::vector<cpu::Parameter>& parameters) {
-  constexpr size_t kPieceBytes = size_t(1) << 18, kWorthThreads = size_t(1) << 20;
-  struct Piece {
-    const char* data;
-    size_t bytes;
-  };
-  std::vector<Piece> pieces;
-  size_t total = 0;
-  Hash whole;
-  for (const cpu::Parameter& p : parameters) {
-    absorb(whole, &p.elements, sizeof(p.elements));  // where one ends and the next begins
-    const char* data = reinterpret_cast<const char*>(p.data);
-    for (size_t left = size_t(p.elements) * sizeof(float); left > 0;) {
-      const size_t bytes = std::min(left, kPieceBytes);
-      pieces.push_back({data, bytes});
-      data += bytes;
-      left -= bytes;
-      total += bytes;
-    }
-  }
-  std::vector<Hash> hashes(pieces.size());
-  // All of torch's threads or none: for fewer some would have to be started.
-  const cpu::Lease lease(total < kWorthThreads ? 1 : threads());
-  const size_t members = lease.threads() == threads() ? size_t(lease.threads()) : 1;
-  cpu::run_threads(int(members), [&](int member) {
-    for (size_t i = size_t(member); i < pieces.size(); i += members) absorb(hashes[i], pieces[i].data, pieces[i].bytes);
-  });
-  absorb(whole, hashes.data(), hashes.size() * sizeof(Hash));
-  return whole;
-}
-
 struct CacheEntry {
   std::string plan;
   const cpu::InstructionSet* set;
   Precision precision;
-  Hash hash;
+  cpu::Hash hash;
   std::shared_ptr<const PackedGenerator> packed;
 };
 constexpr size_t kCacheEntries = 16, kCacheBytes = size_t(512) << 20;
@@ -144,7 +78,7 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
     held.push_back(checked_parameter(p, at::kCPU));
     views.push_back({held.back().const_data_ptr<float>(), held.back().numel()});
   }
-  const Hash hash = hash_of(views);
+  const cpu::Hash hash = cpu::hash_of(views, threads());
   const cpu::InstructionSet& set = cpu::active_instruction_set();
   {
     std::lock_guard<std::mutex> lock(cache_mutex);

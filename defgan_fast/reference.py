@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,3 +154,59 @@ def unrolled_gradient(
 def best_restarts(errors: Tensor) -> Tensor:
     """Index of the least error of each image, [B, R] -> [B]; NaN never wins, the lowest index wins ties."""
     return torch.where(torch.isnan(errors), math.inf, errors).argmin(1)
+
+
+def takes_part(draws: Tensor, candidates: int) -> Tensor:
+    """Says which candidates an image's draw lets take part: a half of them, one of each pair (2j, 2j + 1).
+
+    Bit j % 64 of word j // 64 chooses the second of the pair where it is set. The words of a draw d are those that
+    SplitMix64 gives after the state mix(d) (Steele, Lea, Flood, OOPSLA 2014), so a random d gives a random half.
+
+    Args:
+        draws: one number an image, [B] int64.
+        candidates: N.
+
+    Returns:
+        [B, N] bool.
+    """
+
+    def mix(x: np.ndarray) -> np.ndarray:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    index = np.arange(candidates)
+    start = mix(draws.cpu().numpy().astype(np.uint64))[:, None]
+    step = (index // 128 + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    second = (mix(start + step) >> (index // 2 % 64).astype(np.uint64)) & np.uint64(1)
+    return torch.from_numpy(second == (index % 2).astype(np.uint64)).to(draws.device)
+
+
+def nearest(images: Tensor, candidate_images: Tensor, restarts: int, draws: Tensor | None = None) -> Tensor:
+    """Finds the R candidates of least mean squared error for each image, in float64.
+
+    Args:
+        images: [B, C, H, W].
+        candidate_images: the decoded candidates, [N, C, H, W].
+        restarts: R, at most N.
+        draws: one number an image, [B] int64: candidates that it does not let take part (`takes_part`) come after
+            those that it does. None: all take part.
+
+    Returns:
+        Indices [B, R] int64 in order of distance, the lowest index first among equals. Candidates whose images are
+        not finite come last. For an image that is not finite, 0 to R - 1.
+    """
+    targets, known = images.detach().double().flatten(1), candidate_images.detach().double().flatten(1)
+    usable = known.isfinite().all(1)
+    found = torch.empty(len(targets), restarts, dtype=torch.int64, device=images.device)
+    allowed = None if draws is None else takes_part(draws, len(known))
+    for row, target in enumerate(targets):
+        order = torch.arange(len(known), device=images.device)
+        if target.isfinite().all():
+            # Stable sorts by the least important key first.
+            order = (known - target).square().mean(1).where(usable, math.inf).argsort(stable=True)
+            if allowed is not None:
+                order = order[(~allowed[row, order]).to(torch.uint8).argsort(stable=True)]
+            order = order[(~usable[order]).to(torch.uint8).argsort(stable=True)]
+        found[row] = order[:restarts]
+    return found
