@@ -1,4 +1,4 @@
-// The CPU execution of kernels (csrc/cuda/execution): every rule of docs/gpu-execution.md has a kernel that keeps it
+// The CPU execution of kernels (csrc/cuda/execution): every rule of docs/gpu.md has a kernel that keeps it
 // and passes, and twins with one planted mistake each that fail with a message about it, in every order of threads
 // that is tried. Whether two accesses race is also compared with a plain definition on random programs, and what the
 // matrix instructions compute with the layouts that the PTX ISA gives.

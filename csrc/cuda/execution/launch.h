@@ -1,6 +1,6 @@
 // Runs kernels on the CPU: a kernel is a callable that every thread of every block executes on a fiber of its own.
 // Here is what a test or a driver needs: the memory that kernels may touch, the launch, the order of threads, and the
-// failure that reports what no kernel may do. docs/gpu-execution.md lists the rules that are checked.
+// failure that reports what no kernel may do. docs/gpu.md lists the rules that are checked.
 #pragma once
 
 #include <cstddef>
