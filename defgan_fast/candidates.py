@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import starts
+
 MAX_BYTES = 200 * 2**20
 """Decoded candidates, at 16 bits a pixel, take at most this much memory."""
 
@@ -43,15 +45,11 @@ def candidate_latents(
     Returns:
         [N, k] float32.
     """
-    pairs = (latent_size + 1) // 2
-    source = np.random.Philox(key=np.array([seed % 2**64, _STREAM], dtype=np.uint64))
+    source = starts.philox(seed, _STREAM)
     latents = np.empty((count, latent_size), dtype=np.float32)
     for first in range(0, count, _ROWS_AT_A_TIME):
         rows = min(_ROWS_AT_A_TIME, count - first)
-        bits = source.random_raw(2 * pairs * rows).reshape(rows, 2, pairs)
-        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
-        length, angle = np.sqrt(-2.0 * np.log(uniform[:, 0])), 2.0 * np.pi * uniform[:, 1]
-        normal = np.concatenate([length * np.cos(angle), length * np.sin(angle)], 1)[:, :latent_size]
+        normal = starts.normals(source, rows, latent_size)
         if radius is None:
             latents[first : first + rows] = normal * std
         else:

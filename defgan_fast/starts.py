@@ -9,6 +9,20 @@ import torch
 from torch import Tensor
 
 
+def philox(seed: int, stream: int) -> np.random.Philox:
+    """Returns the counting generator of this seed, modulo 2^64, and stream, below 2^64."""
+    return np.random.Philox(key=np.array([seed % 2**64, stream], dtype=np.uint64))
+
+
+def normals(source: np.random.Philox, rows: int, columns: int) -> np.ndarray:
+    """Returns the next rows of N(0, I), [rows, columns] float64; each consumes as many numbers as any other."""
+    pairs = (columns + 1) // 2
+    bits = source.random_raw(2 * pairs * rows).reshape(rows, 2, pairs)
+    uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
+    length, angle = np.sqrt(-2.0 * np.log(uniform[:, 0])), 2.0 * np.pi * uniform[:, 1]
+    return np.concatenate([length * np.cos(angle), length * np.sin(angle)], 1)[:, :columns]
+
+
 def starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
     """Returns the first latents of every restart, [R, k] float32 from N(0, I / k).
 
@@ -17,13 +31,8 @@ def starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
     whatever R is.
     """
     points = np.empty((restarts, latent_size))
-    pairs = (latent_size + 1) // 2
     for restart in range(restarts):
-        bits = np.random.Philox(key=np.array([seed % 2**64, restart], dtype=np.uint64)).random_raw(2 * pairs)
-        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1)
-        radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * np.pi * uniform[pairs:]
-        normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        points[restart] = normal[:latent_size] / math.sqrt(latent_size)
+        points[restart] = normals(philox(seed, restart), 1, latent_size)[0] / math.sqrt(latent_size)
     return torch.from_numpy(points).float()
 
 

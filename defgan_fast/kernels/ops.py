@@ -59,6 +59,40 @@ def project(
     return found
 
 
+def nearest(
+    images: Tensor,
+    candidates: Tensor,
+    parameters: Sequence[Tensor],
+    plan: str,
+    restarts: int,
+    draws: Tensor | None = None,
+) -> Tensor:
+    """Finds the candidates whose images are nearest to each image in mean squared error.
+
+    Candidates are decoded once for each state of the parameters and of the candidates, and kept at 16 bits a pixel.
+    Distances are compared in whole numbers of 14 bits a pixel, so an image's indices have the same bits whatever the
+    batch, the instruction set and the number of threads.
+
+    Args:
+        images: [B, C, H, W] float32, bfloat16 or float16.
+        candidates: latents [N, k], a floating dtype, on the images' device; at most 200 MB of decoded pixels.
+        parameters: the generator's tensors as the plan numbers them, on the images' device.
+        plan: the text of a `defgan_fast.plan.Plan`.
+        restarts: R, from 1 to N.
+        draws: one number an image, [B] int64, that chooses the half of the candidates that comes before the other
+            (`reference.takes_part`); None: all take part alike.
+
+    Returns:
+        Indices [B, R] int64, the nearest first, the lowest index first among equals. Candidates whose images are not
+        finite come last; an image that is not finite gets 0 to R - 1.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    found: Tensor = torch.ops.defgan_fast.nearest(images, candidates, parameters, plan, restarts, draws)
+    return found
+
+
 def decode(latents: Tensor, parameters: Sequence[Tensor], plan: str, max_rows: int) -> Tensor:
     """Returns the generator's images for latents, [B, k] -> [B, C, H, W] float32; arguments as in `project`."""
     images: Tensor = torch.ops.defgan_fast.decode(latents, parameters, plan, max_rows)

@@ -1,17 +1,17 @@
-"""The op `nearest` against its specification in float64, on every instruction set, and the draw of candidates."""
+"""The op `nearest` against its specification in float64, on every instruction set."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from defgan_fast import _extension, lowering, ops, reference
-from defgan_fast.candidates import candidate_latents, candidates_that_fit
+from defgan_fast import lowering, reference
+from defgan_fast.candidates import candidate_latents
+from defgan_fast.kernels import extension, ops
 
 pytestmark = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not ops.kernels_available, reason="needs the com
 LEVELS = 8191
 
 
-@pytest.fixture(params=_extension.module().instruction_sets() if ops.kernels_available else [])
+@pytest.fixture(params=extension.module().instruction_sets() if ops.kernels_available else [])
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     before = os.environ.get("DEFGAN_CPU_ISA")
     os.environ["DEFGAN_CPU_ISA"] = request.param
@@ -38,13 +38,11 @@ class Case:
 
     def decoded(self) -> Tensor:
         parameters = [p.detach() for p in self.plan.tensors(self.generator)]
-        return torch.ops.defgan_fast.decode(self.latents, parameters, self.plan.text, 0)
+        return ops.decode(self.latents, parameters, self.plan.text, 0)
 
     def nearest(self, images: Tensor, restarts: int, draws: Tensor | None = None) -> Tensor:
         parameters = [p.detach() for p in self.plan.tensors(self.generator)]
-        return torch.ops.defgan_fast.nearest(
-            images, self.latents, parameters, self.plan.text, restarts, draws
-        )
+        return ops.nearest(images, self.latents, parameters, self.plan.text, restarts, draws)
 
 
 def exact_case(candidates: Tensor) -> Case:
@@ -166,7 +164,7 @@ def test_every_instruction_set_and_thread_count_gives_the_same(monkeypatch: pyte
     before = torch.get_num_threads()
     results = []
     try:
-        for name in _extension.module().instruction_sets():
+        for name in extension.module().instruction_sets():
             monkeypatch.setenv("DEFGAN_CPU_ISA", name)
             for threads in (1, 2, 3, 5):
                 torch.set_num_threads(threads)
@@ -344,49 +342,3 @@ def test_wrong_arguments_are_named(change: dict[str, object], message: str) -> N
     }
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.defgan_fast.nearest(**(arguments | change))
-
-
-# --- the draw of candidates ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("latent_size", [1, 7, 128])
-def test_a_candidate_depends_on_seed_and_index_alone(latent_size: int) -> None:
-    many = candidate_latents(5, 3000, latent_size)
-    for count in (0, 1, 1024, 1025):
-        assert torch.equal(candidate_latents(5, count, latent_size), many[:count])
-    assert not torch.equal(candidate_latents(6, 10, latent_size), many[:10])
-    assert many.unique(dim=0).shape[0] == 3000
-
-
-def test_a_candidate_is_what_philox_counts() -> None:
-    words = np.random.Philox(key=np.array([5, 2**64 - 1], dtype=np.uint64)).random_raw(3 * 8)[2 * 8 :]
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    length, angle = np.sqrt(-2 * np.log(uniform[:4])), 2 * np.pi * uniform[4:]
-    wanted = np.concatenate([length * np.cos(angle), length * np.sin(angle)])[:7]
-    assert torch.allclose(candidate_latents(5, 3, 7)[2], torch.from_numpy(wanted).float(), rtol=1e-6)
-
-
-def test_candidates_are_normal_and_no_restarts() -> None:
-    latents = candidate_latents(0, 4096, 64, std=2.0)
-    assert abs(latents.mean().item()) < 0.02
-    assert abs(latents.std().item() - 2.0) < 0.02
-    assert abs(torch.corrcoef(latents.T).fill_diagonal_(0)).max() < 0.1
-    restarts = ops.starting_points(0, 16, 64) * 8
-    assert not torch.isclose(candidate_latents(0, 16, 64)[:, None], restarts[None]).all(2).any()
-
-
-def test_candidates_on_a_sphere() -> None:
-    latents = candidate_latents(0, 500, 30, radius=5.5)
-    assert torch.allclose(latents.norm(dim=1), torch.full((500,), 5.5), rtol=1e-6)
-    assert torch.allclose(
-        latents, 5.5 * nn.functional.normalize(candidate_latents(0, 500, 30)), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_what_fits() -> None:
-    assert candidates_that_fit((1, 28, 28)) > 100_000
-    assert candidates_that_fit((3, 64, 64)) == 8533
-
-
-def test_the_draw_is_an_op() -> None:
-    torch.library.opcheck(torch.ops.defgan_fast.candidate_latents.default, (3, 20, 5, 1.0, 2.0))
