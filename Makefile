@@ -28,7 +28,7 @@ CUDA_STAMP := $(CUDA_VENV)/.torch-$(shell printf '%s' '$(CUDA_TORCH) $(PYTHON)' 
 CMAKE = $(shell command -v cmake || echo $(BIN)/cmake)
 CTEST = $(shell command -v ctest || echo $(BIN)/ctest)
 
-.PHONY: help install demo test lint format weights bench cpp-test cuda-check cuda-build clean distclean
+.PHONY: help install demo test test-slow lint format weights bench cpp-test cuda-check cuda-build clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -36,8 +36,11 @@ help: ## list the targets
 demo: $(BUILT) ## defend 100 handwritten digits and show the result (out/demo)
 	$(PY) -m defgan_fast demo $(ARGS)
 
-test: $(BUILT) ## run the Python tests; ARGS="-m 'not slow'" leaves out those that install the package anew
-	$(PY) -m pytest $(ARGS)
+test: $(BUILT) ## prove the product: every promise, in minutes; ARGS="python_tests/plan" for one folder
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(BUILT) ## run the other tests: new installations, CUDA sources executed on the CPU, planted bugs
+	$(PY) -m pytest -m slow $(ARGS)
 
 install: $(BUILT) ## create .venv, install torch and the package, compile the extension
 

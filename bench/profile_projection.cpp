@@ -10,8 +10,8 @@
 #include <random>
 #include <string>
 
-#include "../cpu/limits.h"
-#include "../cpu/projection.h"
+#include "cpu/limits.h"
+#include "cpu/projection.h"
 
 using namespace defgan;
 using namespace defgan::cpu;
