@@ -5,9 +5,12 @@ gradient is the one that the projector was built with. Every attack takes ``(mod
 settings, ``seed`` and ``progress``, and returns adversarial images; ``docs/attacks.md`` has a table of them.
 """
 
+from defgan_fast.attacks.carlini_wagner import cw
 from defgan_fast.attacks.fgsm import fgsm
+from defgan_fast.attacks.hop_skip_jump import hop_skip_jump
 from defgan_fast.attacks.noise import noise
 from defgan_fast.attacks.pgd import pgd
 from defgan_fast.attacks.rand_fgsm import rand_fgsm
+from defgan_fast.attacks.square import square
 
-__all__ = ["fgsm", "noise", "pgd", "rand_fgsm"]
+__all__ = ["cw", "fgsm", "hop_skip_jump", "noise", "pgd", "rand_fgsm", "square"]

@@ -206,7 +206,7 @@ def test_answers_that_are_no_logits(name):
 # --- dropping, and faults that the tests above must see ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "pgd random", "noise"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "pgd random", "noise", "square", "hop_skip_jump"])
 def test_finished_images_are_dropped_and_the_others_do_not_notice(name):
     model = small_classifier()
     images, labels = images_and_labels(model, 20)
@@ -245,7 +245,7 @@ def test_a_sign_turned_breaks_nothing(name):
     assert broken < honest
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd l2", "apgd", "noise"])
+@pytest.mark.parametrize("name", ["pgd", "pgd l2", "apgd", "noise", "square"])
 def test_a_point_outside_the_budget_never_counts(name, monkeypatch):
     """Planted fault: an attack whose projection does nothing keeps no point that left the ball."""
     model = small_classifier()

@@ -80,6 +80,20 @@ CASES = {
         {"steps": 8, "step_rule": "auto", "norm": "l2", "random_start": True},
         random=True,
     ),
+    "cw": Case(attacks.cw, "l2", 0.15, {"iterations": 20, "learning_rate": 0.05, "search_steps": 3}),
+    "cw paper": Case(attacks.cw, "l2", 4.65, {"iterations": 30}),
+    "square": Case(attacks.square, "linf", 0.04, {"queries": 25}, gradients=False, random=True),
+    "hop_skip_jump": Case(
+        attacks.hop_skip_jump, "linf", 0.08, {"steps": 2, "first_probes": 30}, gradients=False, random=True
+    ),
+    "hop_skip_jump l2": Case(
+        attacks.hop_skip_jump,
+        "l2",
+        0.5,
+        {"steps": 2, "first_probes": 30, "norm": "l2"},
+        gradients=False,
+        random=True,
+    ),
     "noise": Case(attacks.noise, "linf", 0.1, {"tries": 4}, gradients=False, random=True),
     "noise l2": Case(attacks.noise, "l2", 0.5, {"tries": 4, "norm": "l2"}, gradients=False, random=True),
 }
