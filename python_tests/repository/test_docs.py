@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from defgan_fast import data, load_generator
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
@@ -82,14 +84,28 @@ def test_the_commands_name_scripts_and_targets_that_exist(document: Path):
         assert set(words) <= targets, f"{document.name}: make {line}"
 
 
-def test_every_experiment_is_in_the_index():
+def test_the_examples_for_a_generator_of_ones_own_run(capsys: pytest.CaptureFixture[str]):
+    images = data.load("digits", split="validation").images[:2]
+    names = {"generator": load_generator("digits"), "images": images}
+    text = (ROOT / "docs" / "your-own-generator.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "your-own-generator.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 5  # a line for each rate
+
+
+def test_every_experiment_is_dated_names_a_command_and_is_in_the_index():
     folder = ROOT / "docs" / "experiments"
     index = (folder / "README.md").read_text()
     for file in folder.glob("*.md"):
         if file.name == "README.md":
             continue
-        date = re.match(r"\d{4}-\d{2}-\d{2}-", file.name)
-        assert date, f"{file.name} begins with no date"
+        assert re.match(r"\d{4}-\d{2}-\d{2}-", file.name), f"{file.name} begins with no date"
+        commands = re.findall(
+            r"^    (?:defgan-fast|python|build/|make|cmake) ?.*$", file.read_text(), re.MULTILINE
+        )
+        assert commands, f"{file.name} names no command"
         assert f"]({file.name})" in index, file.name
 
 
