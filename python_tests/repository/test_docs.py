@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from defgan_fast import data, load_generator
+from defgan_fast import cli, data, load_generator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [
@@ -82,6 +83,32 @@ def test_the_commands_name_scripts_and_targets_that_exist(document: Path):
     for line in re.findall(r"^    make (.*)$", text, re.MULTILINE):
         words = re.sub(r"[A-Z]+=(\"[^\"]*\"|\S+)", "", line.partition("#")[0]).split()
         assert set(words) <= targets, f"{document.name}: make {line}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_the_options_of_commands_exist(document: Path):
+    text = document.read_text().replace("\\\n", " ")
+    for line in re.findall(
+        r"(?:^    |^|`)(defgan-fast \w.*?|python bench/\w+\.py.*?)(?:`|$|#)", text, re.MULTILINE
+    ):
+        words = line.split()
+        known = options_of_script(ROOT / words[1]) if words[0] == "python" else options_of_command(words[1:])
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line))
+        assert used <= known, f"{document.name}: {line}"
+
+
+def options_of_script(script: Path) -> set[str]:
+    return set(re.findall(r'"(--[a-z][a-z-]*)"', script.read_text()))
+
+
+def options_of_command(words: list[str], parser: argparse.ArgumentParser | None = None) -> set[str]:
+    """The options of the parser that the first words lead to; of any of them where a word is `one|another`."""
+    parser = cli.build_parser() if parser is None else parser
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below or not words:
+        return {option for action in parser._actions for option in action.option_strings}
+    choices = below[0].choices
+    return set().union(*(options_of_command(words[1:], choices[name]) for name in words[0].split("|")))
 
 
 def test_the_examples_for_a_generator_of_ones_own_run(capsys: pytest.CaptureFixture[str]):
