@@ -215,10 +215,10 @@ _plans: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 def plan_of(generator: Any) -> Any:
     """The lowered generator; lowering checks itself in float64, which takes longer than what is checked here."""
-    from defgan_fast import lowering
+    from defgan_fast.plan import lower
 
     if generator not in _plans:
-        _plans[generator] = lowering.lower(generator, generator.latent_size)
+        _plans[generator] = lower(generator, generator.latent_size)
     return _plans[generator]
 
 

@@ -191,7 +191,8 @@ TORCH_LIBRARY_IMPL(defgan_fast, Meta, m) {
   m.impl("project", &defgan::project_meta);
   m.impl("decode", &defgan::decode_meta);
 }
-// No derivative of their own: the gradient modes of Projector are ops in defgan_fast/ops.py. Says so on backward.
+// They have no derivative of their own and say so on backward: gradient modes are operators in
+// defgan_fast/gradients.py.
 TORCH_LIBRARY_IMPL(defgan_fast, Autograd, m) {
   m.impl("project", torch::autograd::autogradNotImplementedFallback());
   m.impl("decode", torch::autograd::autogradNotImplementedFallback());

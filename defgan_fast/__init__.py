@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .detector import Detector
-from .lowering import LoweringError
+from .plan import LoweringError
 from .projector import Projection, Projector
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lowering, reference
+from . import reference
+from .plan import Plan, interpret
 
 
 @torch.library.custom_op("defgan_fast::straight_through", mutates_args=())
@@ -71,11 +72,11 @@ def unrolled_gradient(
     momentum: float,
 ) -> Tensor:
     """Backward of `unrolled`: recomputes the descent in plain PyTorch, in float64 for float64 images, else float32."""
-    lowered = lowering.parse(plan)
+    lowered = Plan.parse(plan)
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     tensors = [p.detach().to(dtype) for p in parameters]
     result = reference.unrolled_gradient(
-        lambda z: lowering.run(lowered, tensors, z),
+        lambda z: interpret(lowered, tensors, z),
         images.to(dtype),
         z0.to(dtype),
         lr_schedule,

@@ -21,9 +21,9 @@ import numpy
 import torch
 from torch import nn
 
-from . import lowering
 from ._version import __version__
 from .kernels import build, extension, ops
+from .plan import latent_size_of, lower
 
 ROWS = (10, 160, 10_000)  # 1, 16 and 1,000 images with 10 restarts
 # Where there is no GPU, planning is shown for this one.
@@ -126,7 +126,7 @@ def _generators() -> dict[str, _Lowered]:
 
 
 def _lowered(generator: nn.Module) -> _Lowered:
-    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
+    plan = lower(generator, latent_size_of(generator) or 0)
     return plan.text, [tensor.numel() for tensor in plan.tensors(generator)]
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import gradients, lowering, reference
+from . import gradients, reference
 from .kernels import extension, ops
-from .lowering import LoweringError, Plan
+from .plan import LoweringError, Plan, latent_size_of, lower, takes_maps
 from .starts import starting_points
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -118,9 +118,9 @@ class Projector(nn.Module):
         self.backend = backend
         self.max_rows = max_rows
         self.validate = validate
-        self.latent_size = lowering.latent_size_of(generator)
+        self.latent_size = latent_size_of(generator)
         self._plan, self._reason, self._range = self._lower()
-        self._takes_maps = self.latent_size is not None and lowering.takes_maps(generator, self.latent_size)
+        self._takes_maps = self.latent_size is not None and takes_maps(generator, self.latent_size)
         self._warned = False
         # Not a buffer: converting the module's dtype must not round them, and they are not state.
         self._starts: Tensor | None = None
@@ -139,7 +139,7 @@ class Projector(nn.Module):
             if self.latent_size is None:
                 name = type(self.generator).__name__
                 raise LoweringError(f"generator {name} does not tell its latent size")
-            plan = lowering.lower(self.generator, self.latent_size)
+            plan = lower(self.generator, self.latent_size)
         except LoweringError as error:
             if self.backend in ("cpu", "cuda"):
                 raise

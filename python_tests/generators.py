@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defgan_fast import data, load_generator, reference
-from defgan_fast.lowering import decoder_of, latent_size_of
+from defgan_fast.plan import decoder_of, latent_size_of
 from defgan_fast.starts import starting_points
 
 

@@ -1,6 +1,6 @@
 """Compares a lowered plan with the module that it came from.
 
-The plan is run twice: by `lowering.run` in float64, where only a wrong plan can differ, and by the compiled
+The plan is run twice: by `interpret` in float64, where only a wrong plan can differ, and by the compiled
 kernels (decode and one step of descent), which read the same text with a parser of their own.
 """
 
@@ -13,25 +13,26 @@ import torch
 from generators import scale_up
 from torch import Tensor, nn
 
-from defgan_fast import lowering, reference
+from defgan_fast import reference
 from defgan_fast.kernels import ops
+from defgan_fast.plan import Plan, decoder_of, interpret, lower
 
 
-def check(generator: nn.Module, k: int, kinds: list[str] | None = None, scale: bool = True) -> lowering.Plan:
+def check(generator: nn.Module, k: int, kinds: list[str] | None = None, scale: bool = True) -> Plan:
     """The plan computes what the generator does, by both its readers; `kinds` are the layers expected in it."""
     if scale:
         scale_up(generator, 1.2)
     generator.eval()
-    plan = lowering.lower(generator, k)
+    plan = lower(generator, k)
     if kinds is not None:
         assert [layer.kind for layer in plan.layers] == kinds, plan.text
-    assert lowering.parse(plan.text).text == plan.text
+    assert Plan.parse(plan.text).text == plan.text
     z = torch.randn(5, k, generator=torch.Generator().manual_seed(4))
     twin = copy.deepcopy(generator).double()
-    decoder = lowering.decoder_of(twin, k)
+    decoder = decoder_of(twin, k)
     with torch.no_grad():
         expected = decoder(z.double())
-        got = lowering.run(plan, plan.tensors(twin), z.double())
+        got = interpret(plan, plan.tensors(twin), z.double())
     assert got.shape == expected.shape
     assert expected.std() > 1e-3, "the generator is dead, nothing would be compared"
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)

@@ -17,7 +17,7 @@ import torch
 from generators import make_case
 
 from defgan_fast import reference
-from defgan_fast.lowering import decoder_of
+from defgan_fast.plan import decoder_of
 from defgan_fast.starts import starting_points
 
 

@@ -130,10 +130,10 @@ def _output_spread(generator: nn.Module, layer: nn.Module, latents: torch.Tensor
 
 def main() -> None:
     """Prints the lowered plan of a generator: `python -m defgan_fast.benchmark.generators NAME`."""
-    from .. import lowering
+    from ..plan import lower
 
     generator = moving_generator(sys.argv[1] if len(sys.argv) > 1 else "mnist")
-    print(lowering.lower(generator, latent_size(generator)).text)
+    print(lower(generator, latent_size(generator)).text)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defgan_fast import cli, lowering
+from defgan_fast import cli
 from defgan_fast.benchmark import flops, generators, peers, report, run
 from defgan_fast.benchmark.load import OtherLoad
 from defgan_fast.kernels import extension
+from defgan_fast.plan import lower
 
 needs_kernels = pytest.mark.skipif(not extension.load(), reason="the extension is not built")
 
@@ -63,7 +64,7 @@ def test_upsampling_counts_the_small_input():
 def test_kernels_count_the_same_work(name):
     generator = generators.moving_generator(name)
     k = generators.latent_size(generator)
-    plan = lowering.lower(generator, k).text
+    plan = lower(generator, k).text
     assert extension.module().flop_per_step(plan) == flops.flop_per_step(generator, k)
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from defgan_fast import cli, data, lowering, models, weights
+from defgan_fast import cli, data, models, weights
+from defgan_fast.plan import lower
 from defgan_fast.projector import Projector
 
 # Part, and whether the picture counts as a man.
@@ -157,7 +158,7 @@ def test_batch_norm_folds_into_the_plan():
             torch.nn.init.normal_(module.bias)
     generator.eval()
     plain = models.CelebaGenerator(5, 4)
-    plan, expected = (lowering.lower(module, 5) for module in (generator, plain))
+    plan, expected = (lower(module, 5) for module in (generator, plain))
     assert [layer.kind for layer in plan.layers] == [layer.kind for layer in expected.layers]
     projector = Projector(generator, steps=2, restarts=2)
     target = generator(torch.randn(2, 5)).detach()

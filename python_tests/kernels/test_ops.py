@@ -14,8 +14,9 @@ import torch
 from generators import PaperGenerator, scale_up
 from torch import Tensor, nn
 
-from defgan_fast import Projector, gradients, lowering
+from defgan_fast import Projector, gradients
 from defgan_fast.kernels import ops
+from defgan_fast.plan import lower
 from defgan_fast.starts import starting_points
 
 kernels = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
@@ -46,7 +47,7 @@ def make_projector(generator: nn.Module, **arguments) -> Projector:
 
 
 def plan_of(generator: nn.Module) -> tuple[str, list[Tensor]]:
-    plan = lowering.lower(generator, K)
+    plan = lower(generator, K)
     return plan.text, [p.detach() for p in plan.tensors(generator)]
 
 

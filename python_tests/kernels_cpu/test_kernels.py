@@ -18,9 +18,9 @@ import pytest
 import torch
 from generators import FAMILIES, Case, make_case, shipped_case
 
-from defgan_fast import lowering, reference
+from defgan_fast import reference
 from defgan_fast.kernels import extension, ops
-from defgan_fast.lowering import decoder_of
+from defgan_fast.plan import Plan, decoder_of, lower
 from defgan_fast.weights import shipped
 
 pytestmark = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
@@ -43,8 +43,8 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @functools.cache
-def lowered(case: Case) -> lowering.Plan:
-    return lowering.lower(case.generator, case.latent_size)
+def lowered(case: Case) -> Plan:
+    return lower(case.generator, case.latent_size)
 
 
 def run_op(

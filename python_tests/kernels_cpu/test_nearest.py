@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from defgan_fast import lowering, reference
+from defgan_fast import reference
 from defgan_fast.candidates import candidate_latents
 from defgan_fast.kernels import extension, ops
+from defgan_fast.plan import lower
 
 pytestmark = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
 
@@ -34,7 +35,7 @@ class Case:
 
     def __init__(self, generator: nn.Module, latents: Tensor) -> None:
         self.generator, self.latents = generator.eval(), latents
-        self.plan = lowering.lower(generator, latents.shape[1])
+        self.plan = lower(generator, latents.shape[1])
 
     def decoded(self) -> Tensor:
         parameters = [p.detach() for p in self.plan.tensors(self.generator)]

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import defgan_fast
-from defgan_fast import Projector, lowering, reference
+from defgan_fast import Projector, reference
 from defgan_fast.benchmark import run as benchmark
 from defgan_fast.benchmark.generators import moving_generator
 from defgan_fast.kernels import extension, ops
+from defgan_fast.plan import latent_size_of, lower
 
 needs_kernels = pytest.mark.skipif(not ops.kernels_available, reason="the extension is not built")
 needs_cuda_build = pytest.mark.skipif(
@@ -41,7 +42,7 @@ A100 = {"capability": (8, 0), "multiprocessors": 108, "shared_memory": 163 * 102
 def lowered(name: str) -> tuple[str, tuple[int, ...]]:
     """Text of the plan and elements of its parameters; lowering checks itself, which takes longer than the tests."""
     generator = moving_generator(name)
-    plan = lowering.lower(generator, lowering.latent_size_of(generator) or 0)
+    plan = lower(generator, latent_size_of(generator) or 0)
     return plan.text, tuple(tensor.numel() for tensor in plan.tensors(generator))
 
 
@@ -128,7 +129,7 @@ def test_what_cannot_run_is_said_in_one_line(
 def test_planning_checks_the_parameters() -> None:
     module: Any = extension.module()
     generator = moving_generator("digits")
-    plan = lowering.lower(generator, 64)
+    plan = lower(generator, 64)
     with pytest.raises(ValueError, match="weight must have 131072 elements, got 1"):
         module.cuda_schedule(plan.text, [1] * len(plan.parameters), "float16", rows=1, **H100)
 

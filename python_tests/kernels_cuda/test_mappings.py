@@ -21,8 +21,9 @@ import torch
 from generators import Case, TensorFlowAligned, make_case, shipped_case
 from torch import Tensor, nn
 
-from defgan_fast import lowering, models, reference
-from defgan_fast.lowering import decoder_of, latent_size_of
+from defgan_fast import models, reference
+from defgan_fast.plan import Layer, Plan, decoder_of, interpret, latent_size_of, lower
+from defgan_fast.plan.activations import ACTIVATIONS
 from defgan_fast.starts import starting_points
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,8 +49,8 @@ FAMILIES = [
 
 
 @functools.cache
-def lowered(case: Case) -> lowering.Plan:
-    return lowering.lower(case.generator, case.latent_size)
+def lowered(case: Case) -> Plan:
+    return lower(case.generator, case.latent_size)
 
 
 def parameters(case: Case) -> list[Tensor]:
@@ -79,8 +80,8 @@ class _Store(torch.autograd.Function):
     """What a layer leaves in memory: its activation's output rounded; backward its gradient, rounded."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, layer: lowering.Layer, dtype: torch.dtype) -> Tensor:
-        stored = lowering._ACTIVATIONS[layer.activation](total, layer.slope).to(dtype).double()
+    def forward(ctx: Any, total: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
+        stored = ACTIVATIONS[layer.activation].apply(total, layer.slope).to(dtype).double()
         ctx.save_for_backward(stored)
         ctx.layer, ctx.dtype = layer, dtype
         return stored
@@ -91,7 +92,7 @@ class _Store(torch.autograd.Function):
         return (gradient * derivative(ctx.layer, y)).to(ctx.dtype).double(), None, None
 
 
-def derivative(layer: lowering.Layer, y: Tensor) -> Tensor:
+def derivative(layer: Layer, y: Tensor) -> Tensor:
     """Of the activation, where its output is y."""
     return {
         "identity": lambda: torch.ones_like(y),
@@ -111,11 +112,11 @@ def rounded_gradient(case: Case, precision: str) -> Tensor:
     x: Tensor = z
     for n, layer in enumerate(plan.layers):
         alone = replace(layer, activation="identity")
-        x = lowering.run(lowering.Plan((alone,), layer.shape_out, plan.parameters), tensors, x.flatten(1))
+        x = interpret(Plan((alone,), layer.shape_out, plan.parameters), tensors, x.flatten(1))
         if n + 1 < len(plan.layers):
             x = _Store.apply(x, layer, dtype)
     last = plan.layers[-1]
-    y = lowering._ACTIVATIONS[last.activation](x.detach(), last.slope)
+    y = ACTIVATIONS[last.activation].apply(x.detach(), last.slope)
     targets = case.images.double().repeat_interleave(restarts, 0).reshape(y.shape)
     delta = ((y - targets) * derivative(last, y)).to(dtype).double()
     (gradient,) = torch.autograd.grad(x, z, delta)

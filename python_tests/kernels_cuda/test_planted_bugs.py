@@ -21,7 +21,8 @@ import torch
 from generators import make_case
 from torch import Tensor, nn
 
-from defgan_fast import load_generator, lowering, reference
+from defgan_fast import load_generator, reference
+from defgan_fast.plan import interpret, lower
 
 pytestmark = pytest.mark.slow
 CSRC = on_cpu.ROOT / "csrc"
@@ -400,12 +401,12 @@ def projection(case: str) -> Projection:
         generator, images, z0, lr, momentum = made.generator, made.images, made.z0, made.lr, made.momentum
         precision = "float32" if case == "float32" else "float16"
         mapping, blocks = ("split", 4) if case == "split" else ("layered", 2)
-    plan = lowering.lower(generator, z0.shape[-1])
+    plan = lower(generator, z0.shape[-1])
     parameters = tuple(p.detach().clone() for p in plan.tensors(generator))
     rates = [lr] * steps
     tensors = [p.double() for p in parameters]
     latents, errors = reference.project(
-        lambda z: lowering.run(plan, tensors, z), images.double(), z0.double(), rates, momentum
+        lambda z: interpret(plan, tensors, z), images.double(), z0.double(), rates, momentum
     )
     return Projection(
         images, z0, plan.text, parameters, rates, momentum, precision, mapping, blocks, latents, errors

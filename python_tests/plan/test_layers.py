@@ -9,7 +9,7 @@ from generators import FAMILIES, scale_up
 from lowered import check, on_maps
 from torch import nn
 
-from defgan_fast import lowering
+from defgan_fast.plan import latent_size_of
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "linear": (lambda: on_maps(), ["linear"]),
@@ -185,7 +185,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_layer(name: str) -> None:
     build, kinds = LAYERS[name]
     generator = build()
-    k = lowering.latent_size_of(generator.eval())
+    k = latent_size_of(generator.eval())
     assert k == (1 if name.startswith("one channel") else 6)
     check(generator, k, kinds)
 
@@ -193,7 +193,7 @@ def test_layer(name: str) -> None:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_family(name: str) -> None:
     generator = FAMILIES[name]().eval()
-    k = lowering.latent_size_of(generator)
+    k = latent_size_of(generator)
     assert k is not None
     check(generator, k)
 

@@ -12,7 +12,8 @@ from generators import PaperGenerator
 from lowered import SHAPES, Written, check, identity, on_maps
 from torch import Tensor, nn
 
-from defgan_fast import LoweringError, lowering
+from defgan_fast import LoweringError
+from defgan_fast.plan import Plan, interpret, lower
 
 ENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.sigmoid": torch.sigmoid,
@@ -105,11 +106,11 @@ def test_weights_tied_between_modules() -> None:
 def test_parametrised_weights_are_read_where_they_are_used() -> None:
     generator = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (1, 2, 3))).eval()
     nn.utils.parametrizations.weight_norm(generator[0])
-    plan = lowering.lower(generator, 6)
+    plan = lower(generator, 6)
     z = torch.randn(2, 6)
     for _ in range(2):
         with torch.no_grad():
-            torch.testing.assert_close(lowering.run(plan, plan.tensors(generator), z), generator(z))
+            torch.testing.assert_close(interpret(plan, plan.tensors(generator), z), generator(z))
             generator[0].parametrizations.weight.original0.mul_(3)
 
 
@@ -119,7 +120,7 @@ def test_weights_that_a_hook_computes_are_refused() -> None:
     generator = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (1, 2, 3))).eval()
     nn.utils.weight_norm(generator[0])
     with pytest.raises(LoweringError, match=r"layer '0' \(Linear\).*hook"):
-        lowering.lower(generator, 6)
+        lower(generator, 6)
 
 
 def test_folded_and_separate_batch_norm_agree() -> None:
@@ -131,12 +132,12 @@ def test_folded_and_separate_batch_norm_agree() -> None:
     check(folded, 6, ["linear", "conv_transpose", "conv"])
     apart = on_maps(folded[2], nn.LeakyReLU(1.0), folded[3], nn.ReLU(), folded[5])
     apart[0] = folded[0]
-    plan = lowering.lower(apart.eval(), 6)
+    plan = lower(apart.eval(), 6)
     assert [layer.kind for layer in plan.layers] == ["linear", "conv_transpose", "map", "conv"]
-    z, one = torch.randn(3, 6), lowering.lower(folded, 6)
+    z, one = torch.randn(3, 6), lower(folded, 6)
     torch.testing.assert_close(
-        lowering.run(plan, plan.tensors(apart), z),
-        lowering.run(one, one.tensors(folded), z),
+        interpret(plan, plan.tensors(apart), z),
+        interpret(one, one.tensors(folded), z),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -144,8 +145,8 @@ def test_folded_and_separate_batch_norm_agree() -> None:
 
 def test_eps_and_slopes_survive_the_text() -> None:
     generator = on_maps(nn.Conv2d(4, 3, 1), nn.BatchNorm2d(3, eps=1.2345678901234e-4), nn.LeakyReLU(1 / 3))
-    plan = lowering.lower(generator.eval(), 6)
-    again = lowering.parse(plan.text)
+    plan = lower(generator.eval(), 6)
+    again = Plan.parse(plan.text)
     assert again.layers == plan.layers
     assert again.layers[1].eps == 1.2345678901234e-4
     assert again.layers[1].slope == 1 / 3
@@ -153,7 +154,7 @@ def test_eps_and_slopes_survive_the_text() -> None:
 
 def test_output_range_is_that_of_the_last_layer() -> None:
     def range_of(*end: nn.Module) -> tuple[float, float] | None:
-        return lowering.lower(on_maps(*end).eval(), 6).output_range
+        return lower(on_maps(*end).eval(), 6).output_range
 
     assert range_of(nn.Sigmoid()) == (0, 1)
     assert range_of(nn.Tanh()) == (-1, 1)
@@ -167,7 +168,7 @@ def test_lowering_changes_nothing() -> None:
     generator = PaperGenerator().eval()
     before, state = copy.deepcopy(generator.state_dict()), torch.get_rng_state()
     generator.linear.weight.grad = torch.ones_like(generator.linear.weight)
-    lowering.lower(generator, 16)
+    lower(generator, 16)
     assert all(torch.equal(before[key], value) for key, value in generator.state_dict().items())
     assert (generator.linear.weight.grad == 1).all()
     assert torch.equal(state, torch.get_rng_state())

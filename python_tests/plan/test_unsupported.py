@@ -12,8 +12,9 @@ from generators import PaperGenerator, scale_up
 from lowered import SHAPES, Written, check, identity, on_maps
 from torch import Tensor, nn
 
-from defgan_fast import LoweringError, Projector, lowering, reference
+from defgan_fast import LoweringError, Projector, reference
 from defgan_fast.kernels import ops
+from defgan_fast.plan import latent_size_of, lower
 
 
 class Skip(nn.Module):
@@ -112,7 +113,7 @@ def test_unsupported_layers_are_named(name: str) -> None:
     build, message = REFUSED[name]
     generator = build().eval()
     with pytest.raises(LoweringError, match=message) as caught:
-        lowering.lower(generator, 6)
+        lower(generator, 6)
     text = str(caught.value)
     assert text.startswith(f"generator {type(generator).__name__} cannot be lowered: ")
     assert "\n" not in text, "an error message is one line"
@@ -121,12 +122,12 @@ def test_unsupported_layers_are_named(name: str) -> None:
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.Dropout(0.5)], ids=["norm", "dropout"])
 def test_training_mode_is_refused(layer: nn.Module) -> None:
     generator = on_maps(layer).eval()
-    lowering.lower(generator, 6)
+    lower(generator, 6)
     layer.train()
     with pytest.raises(
         LoweringError, match=rf"layer '2' \({type(layer).__name__}\).*training mode"
     ) as caught:
-        lowering.lower(generator, 6)
+        lower(generator, 6)
     assert "\n" not in str(caught.value)
 
 
@@ -192,11 +193,11 @@ class OutOfOrder(nn.Module):
 
 
 def test_latent_size() -> None:
-    assert lowering.latent_size_of(PaperGenerator(latent_size=11)) == 11
-    assert lowering.latent_size_of(nn.Sequential(nn.ConvTranspose2d(7, 2, 3))) == 7
-    assert lowering.latent_size_of(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4)).eval()) == 5
-    assert lowering.latent_size_of(OutOfOrder()) == 6
-    assert lowering.latent_size_of(nn.Flatten()) is None
+    assert latent_size_of(PaperGenerator(latent_size=11)) == 11
+    assert latent_size_of(nn.Sequential(nn.ConvTranspose2d(7, 2, 3))) == 7
+    assert latent_size_of(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4)).eval()) == 5
+    assert latent_size_of(OutOfOrder()) == 6
+    assert latent_size_of(nn.Flatten()) is None
     check(OutOfOrder(), 6, ["linear", "conv"])
 
 

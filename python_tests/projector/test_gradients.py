@@ -114,11 +114,11 @@ def test_unrolled_passes_gradcheck(lowerable: bool, restarts: int) -> None:
 @kernels
 def test_unrolled_op_passes_gradcheck() -> None:
     """The op that the kernel path uses, in float64 through a plan's text."""
-    from defgan_fast import lowering
+    from defgan_fast.plan import lower
 
     torch.manual_seed(1)
     generator = Smooth(True).double()
-    plan = lowering.lower(generator, 3)
+    plan = lower(generator, 3)
     parameters = [p.detach() for p in plan.tensors(generator)]
     z0, rates = torch.randn(2, 3, dtype=torch.float64), [2.0, 1.5, 0.2]
 
