@@ -10,6 +10,8 @@
 #include <map>
 #include <set>
 
+#include "../geometry.h"
+
 namespace defgan::cpu {
 
 Buffer::Buffer(size_t bytes) : size_(bytes) {
@@ -37,105 +39,107 @@ uint16_t to_bfloat16(float value) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// scale and shift of an affine normalisation, per channel or per element.
+// A norm as one multiply-add: scale and shift of every number that its vectors have, empty where there is no norm.
 struct Affine {
   std::vector<float> scale, shift;
-  bool per_element = false;
+  bool present() const { return !scale.empty(); }
 };
 
-Affine affine_of(const Layer& layer, const std::vector<Parameter>& parameters) {
-  Affine a;
-  if (!layer.norm.present()) return a;
-  const Parameter mean = parameters[size_t(layer.norm.mean)], var = parameters[size_t(layer.norm.var)];
-  a.per_element = mean.elements == layer.out.elements() && layer.out.positions() > 1;
-  for (int64_t i = 0; i < mean.elements; ++i) {
-    const double gamma = layer.norm.weight < 0 ? 1.0 : double(parameters[size_t(layer.norm.weight)].data[i]);
-    const double beta = layer.norm.bias < 0 ? 0.0 : double(parameters[size_t(layer.norm.bias)].data[i]);
-    const double scale = gamma / std::sqrt(double(var.data[i]) + layer.norm.eps);
-    a.scale.push_back(float(scale));
-    a.shift.push_back(float(beta - double(mean.data[i]) * scale));
-  }
-  return a;
+// One layer and what packing needs of its parameters.
+struct Source {
+  const Layer& layer;
+  const std::vector<Parameter>& parameters;
+  ParameterAddresses addresses;
+  Affine norm;
+
+  const float* data(int parameter) const { return parameter < 0 ? nullptr : parameters[size_t(parameter)].data; }
+};
+
+std::vector<int64_t> elements_of(const std::vector<Parameter>& parameters) {
+  std::vector<int64_t> elements;
+  for (const Parameter& p : parameters) elements.push_back(p.elements);
+  return elements;
 }
 
-// The layer's matrices as [matrix][source channel][destination channel], taps of one set summed, norm folded.
+Source source_of(const Layer& layer, const std::vector<Parameter>& parameters) {
+  Source s{layer, parameters, ParameterAddresses(layer, elements_of(parameters)), {}};
+  const Norm& norm = layer.norm;
+  if (!norm.present()) return s;
+  const float *mean = s.data(norm.mean), *var = s.data(norm.var);
+  const float *weight = s.data(norm.weight), *bias = s.data(norm.bias);
+  for (int64_t i = 0; i < parameters[size_t(norm.mean)].elements; ++i) {
+    const double gamma = weight ? double(weight[i]) : 1.0, beta = bias ? double(bias[i]) : 0.0;
+    const double scale = gamma / std::sqrt(double(var[i]) + norm.eps);
+    s.norm.scale.push_back(float(scale));
+    s.norm.shift.push_back(float(beta - double(mean[i]) * scale));
+  }
+  return s;
+}
+
+// The layer's matrices as [matrix][input channel][output channel], kernel elements of one set summed, norm folded.
 struct Matrices {
   int count = 0, in = 0, out = 0;
   std::vector<float> values;
   const float* at(int matrix, int ci) const { return values.data() + (int64_t(matrix) * in + ci) * out; }
 };
 
-Matrices matrices_of(const Layer& l, const std::vector<Parameter>& parameters, const Links& ys, const Links& xs,
-                     const Affine& affine) {
-  const float* w = parameters[size_t(l.weight)].data;
+// Adds the kernel element (ky, kx) to input channels [c0, c1) of one matrix.
+void add_kernel_element(const Source& s, int ky, int kx, int c0, int c1, float* matrix) {
+  const ParameterAddresses& at = s.addresses;
+  const float* weight = s.data(s.layer.weight) + at.weight_of(ky, kx);
+  const int64_t channels = s.layer.out.c, step_out = at.step_out;
+  for (int ci = c0; ci < c1; ++ci) {
+    const float* from = weight + ci * at.step_in;
+    float* row = matrix + ci * channels;
+    if (!s.norm.present()) {
+      for (int64_t co = 0; co < channels; ++co) row[co] += from[co * step_out];
+    } else {
+      const float* scale = s.norm.scale.data() + at.norm_of(at.output_position_of(ky, kx), 0);
+      const int64_t step = at.norm_step();
+      for (int64_t co = 0; co < channels; ++co) row[co] += from[co * step_out] * scale[co * step];
+    }
+  }
+}
+
+Matrices matrices_of(const Source& s, const LayerLinks& links) {
   Matrices m;
-  m.count = int(ys.sets.size() * xs.sets.size());
-  m.in = l.in.c;
-  m.out = l.out.c;
+  m.count = links.matrices();
+  m.in = s.layer.in.c;
+  m.out = s.layer.out.c;
   m.values.assign(size_t(m.count) * size_t(m.in) * size_t(m.out), 0.0f);
-  const int64_t taps = int64_t(l.kernel.h) * l.kernel.w;
-  // Some source channels at a time: their weights stay in the cache while all taps pick theirs.
+  // Some input channels at a time: their weights stay in the cache while all matrices pick theirs.
   constexpr int kTogether = 16;
-  for (int c0 = 0; c0 < m.in; c0 += kTogether)
-    for (size_t ty = 0; ty < ys.sets.size(); ++ty)
-      for (size_t tx = 0; tx < xs.sets.size(); ++tx) {
-        float* const matrix = m.values.data() + (ty * xs.sets.size() + tx) * size_t(m.in) * size_t(m.out);
-        for (const int ky : ys.sets[ty])
-          for (const int kx : xs.sets[tx]) {
-            int64_t offset = 0, step_in = 0, step_out = 0, out_position = 0;
-            if (l.kind == Kind::kConvTranspose) {  // [in][out][kernel]
-              offset = int64_t(ky) * l.kernel.w + kx;
-              step_in = l.out.c * taps;
-              step_out = taps;
-            } else if (l.kind == Kind::kConv) {  // [out][in][kernel]
-              offset = int64_t(ky) * l.kernel.w + kx;
-              step_in = taps;
-              step_out = l.in.c * taps;
-            } else {  // [out element][in element]
-              const int iy = ky / l.out.h, oy = ky % l.out.h, ix = kx / l.out.w, ox = kx % l.out.w;
-              out_position = int64_t(oy) * l.out.w + ox;
-              offset = out_position * l.in.elements() + iy * l.in.w + ix;
-              step_in = l.in.positions();
-              step_out = int64_t(l.out.positions()) * l.in.elements();
-            }
-            for (int ci = c0; ci < std::min(m.in, c0 + kTogether); ++ci) {
-              const float* source = w + offset + ci * step_in;
-              float* row = matrix + int64_t(ci) * m.out;
-              if (affine.scale.empty()) {
-                for (int co = 0; co < m.out; ++co) row[co] += source[co * step_out];
-              } else {
-                const int64_t step = affine.per_element ? l.out.positions() : 1,
-                              first = affine.per_element ? out_position : 0;
-                for (int co = 0; co < m.out; ++co)
-                  row[co] += source[co * step_out] * affine.scale[size_t(first + co * step)];
-              }
-            }
-          }
+  for (int c0 = 0; c0 < m.in; c0 += kTogether) {
+    float* matrix = m.values.data();
+    for (const std::vector<int>& set_y : links.vertical.sets)
+      for (const std::vector<int>& set_x : links.horizontal.sets) {
+        for (const int ky : set_y)
+          for (const int kx : set_x) add_kernel_element(s, ky, kx, c0, std::min(m.in, c0 + kTogether), matrix);
+        matrix += size_t(m.in) * size_t(m.out);
       }
+  }
   return m;
 }
 
-// Bias after folding, [position or 1][out channels].
-std::vector<float> bias_of(const Layer& l, const std::vector<Parameter>& parameters, const Affine& affine,
-                           bool* per_position) {
-  const float* given = l.bias < 0 ? nullptr : parameters[size_t(l.bias)].data;
-  *per_position = l.out.positions() > 1 && ((l.kind == Kind::kLinear && given != nullptr) || affine.per_element);
-  const int positions = *per_position ? l.out.positions() : 1;
-  std::vector<float> bias(size_t(positions) * size_t(l.out.c));
-  for (int p = 0; p < positions; ++p)
-    for (int c = 0; c < l.out.c; ++c) {
-      const size_t element = size_t(c) * size_t(positions) + size_t(p);
-      const size_t given_at = l.kind == Kind::kLinear ? element : size_t(c),
-                   affine_at = affine.per_element ? element : size_t(c);
-      float value = given ? given[given_at] : 0.0f;
-      if (!affine.scale.empty()) value = value * affine.scale[affine_at] + affine.shift[affine_at];
-      bias[size_t(p) * size_t(l.out.c) + size_t(c)] = value;
+// The bias with the norm folded into it, [position or 1][output channels].
+std::vector<float> bias_of(const Source& s) {
+  const float* given = s.data(s.layer.bias);
+  std::vector<float> bias;
+  for (int p = 0; p < (s.addresses.bias_per_position ? s.layer.out.positions() : 1); ++p)
+    for (int c = 0; c < s.layer.out.c; ++c) {
+      float value = given ? given[s.addresses.bias_of(p, c)] : 0.0f;
+      if (s.norm.present()) {
+        const size_t at = size_t(s.addresses.norm_of(p, c));
+        value = value * s.norm.scale[at] + s.norm.shift[at];
+      }
+      bias.push_back(value);
     }
   return bias;
 }
 
 // Splits links (ordered by set, then input) into runs of equal steps.
-std::vector<Run> runs_of(const Links& links, bool backward) {
+std::vector<Run> runs_of(const Links& links, Direction direction) {
+  const bool backward = direction == Direction::kBackward;
   std::vector<Run> runs;
   for (const Link& link : links.links) {
     const int source = backward ? link.out : link.in, destination = backward ? link.in : link.out;
@@ -228,54 +232,12 @@ void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
   g.paired = int(g.order.size()) * 4 < g.destination_positions * 3;
 }
 
-// Geometry of one direction: taps per destination, their order, the tap schedule.
-void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, const Links& xs, bool backward) {
-  const Shape& source = backward ? l.out : l.in;
-  const Shape& destination = backward ? l.in : l.out;
-  g.source_positions = source.positions();
-  g.destination_positions = destination.positions();
-  set_channels(g, table, source.c, destination.c);
-  g.matrices = int(ys.sets.size() * xs.sets.size());
-  g.horizontal_sets = int(xs.sets.size());
-  g.source_width = source.w;
-  g.destination_width = destination.w;
-
-  std::vector<int> counts(size_t(g.destination_positions) + 1, 0);
-  const auto each = [&](auto&& use) {
-    for (const Link& y : ys.links)
-      for (const Link& x : xs.links) {
-        const int in = y.in * l.in.w + x.in, out = y.out * l.out.w + x.out;
-        use(backward ? out : in, backward ? in : out, y.set * g.horizontal_sets + x.set);
-      }
-  };
-  each([&](int, int d, int) { ++counts[size_t(d) + 1]; });
-  for (size_t d = 1; d < counts.size(); ++d) counts[d] += counts[d - 1];
-  g.tap_begin = counts;
-  g.taps.resize(size_t(counts.back()));
-  each([&](int s, int d, int matrix) { g.taps[size_t(counts[size_t(d)]++)] = {s, matrix}; });
-  // Links run over vertical sets and within one over horizontal links, so sort each destination by matrix: the one
-  // order of summation that both schedules follow.
-  for (int d = 0; d < g.destination_positions; ++d)
-    std::sort(
-        g.taps.begin() + g.tap_begin[size_t(d)], g.taps.begin() + g.tap_begin[size_t(d) + 1],
-        [](const Tap& a, const Tap& b) { return a.matrix != b.matrix ? a.matrix < b.matrix : a.source < b.source; });
-
-  const int phase_h = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.h : l.upsample.h);
-  const int phase_w = backward ? 1 : std::max(1, l.kind == Kind::kConvTranspose ? l.stride.w : l.upsample.w);
-  std::vector<std::vector<int>> phases;
-  for (int py = 0; py < phase_h; ++py)
-    for (int px = 0; px < phase_w; ++px) {
-      phases.emplace_back();
-      for (int y = py; y < destination.h; y += phase_h)
-        for (int x = px; x < destination.w; x += phase_w) phases.back().push_back(y * destination.w + x);
-    }
-  order_places(g, phases);
-
-  if (l.kind == Kind::kLinear) return;
-  g.vertical = runs_of(ys, backward);
-  g.horizontal = runs_of(xs, backward);
-  // Runs must read neighbours once positions are in phase order. A gradient's source can be stored in that order
-  // (the layer above writes it so); a forward pass's source is in natural order, shared with other readers.
+// The tap schedule, where the layer suits it: runs must read neighbours once positions are in phase order. A gradient's
+// source can be stored in that order (the layer above writes it so); a forward pass's source is in natural order, which
+// its other readers want.
+void add_tap_schedule(Gemm& g, const LayerLinks& links, Direction direction) {
+  g.vertical = runs_of(links.vertical, direction);
+  g.horizontal = runs_of(links.horizontal, direction);
   g.phases = 1;
   for (const Run& r : g.horizontal)
     if (r.count > 1) g.phases = std::max(g.phases, r.source_step);
@@ -285,7 +247,27 @@ void link(Gemm& g, const KernelTable* table, const Layer& l, const Links& ys, co
   // this regular) would be summed in another order than the taps; one run a set and dimension excludes it.
   for (size_t i = 1; i < g.horizontal.size(); ++i) suits = suits && g.horizontal[i].set != g.horizontal[i - 1].set;
   for (size_t i = 1; i < g.vertical.size(); ++i) suits = suits && g.vertical[i].set != g.vertical[i - 1].set;
-  if (!suits || (!backward && g.phases > 1) || destination.positions() < 4) drop_tap_schedule(g);
+  if (!suits || (direction == Direction::kForward && g.phases > 1) || g.destination_positions < 4) drop_tap_schedule(g);
+}
+
+// What one direction of a layer computes: taps of every destination position, their order, the tap schedule.
+void link(Gemm& g, const KernelTable* table, const Layer& l, const LayerLinks& links, Direction direction) {
+  const bool backward = direction == Direction::kBackward;
+  const Shape& source = backward ? l.out : l.in;
+  const Shape& destination = backward ? l.in : l.out;
+  g.source_positions = source.positions();
+  g.destination_positions = destination.positions();
+  set_channels(g, table, source.c, destination.c);
+  g.matrices = links.matrices();
+  g.horizontal_sets = int(links.horizontal.sets.size());
+  g.source_width = source.w;
+  g.destination_width = destination.w;
+  // By matrix: the one order of summation that both schedules follow.
+  const Lists<defgan::Tap> taps = taps_of(l, links, direction, {});
+  g.tap_begin = taps.begin;
+  for (const defgan::Tap& tap : taps.items) g.taps.push_back({tap.source, tap.matrix});
+  order_places(g, positions_by_phase(destination, phases_of(l, direction)));
+  if (l.kind != Kind::kLinear) add_tap_schedule(g, links, direction);
 }
 
 // weight(matrix, source channel, destination channel)
@@ -323,136 +305,157 @@ void pack_weights(Gemm& g, const Weight& weight) {
   }
 }
 
-void pack_bias(Gemm& g, const std::vector<float>& bias, int positions) {
+// The weights of one direction, whose sources are a layer's inputs or its outputs.
+void pack_direction(Gemm& g, const Matrices& m, Direction direction) {
+  if (direction == Direction::kForward)
+    pack_weights(g, [&m](int matrix, int ci, int co) { return m.at(matrix, ci)[co]; });
+  else
+    pack_weights(g, [&m](int matrix, int co, int ci) { return m.at(matrix, ci)[co]; });
+}
+
+// bias: [position or 1][destination channels].
+void pack_bias(Gemm& g, const std::vector<float>& bias) {
   const int channels = g.destination_channels, padded = round_up(channels, 2 * g.table->lanes);
+  const int positions = int(bias.size()) / channels;
   g.bias.assign(size_t(positions) * size_t(padded), 0.0f);
   for (int p = 0; p < positions; ++p)
     std::copy_n(bias.begin() + int64_t(p) * channels, channels, g.bias.begin() + int64_t(p) * padded);
   g.bias_position_stride = positions > 1 ? padded : 0;
 }
 
-void pack_map(PackedLayer& packed, const std::vector<Parameter>& parameters) {
+void pack_map(PackedLayer& packed, const Source& source) {
   const Layer& l = packed.layer;
+  const MapTable table = map_table_of(l);
   Map& map = packed.map;
-  for (int y = 0; y < l.out.h; ++y)
-    for (int x = 0; x < l.out.w; ++x)
-      map.from.push_back((y + l.pad.h) / l.upsample.h * l.in.w + (x + l.pad.w) / l.upsample.w);
-  map.to_begin.assign(size_t(l.in.positions()) + 1, 0);
-  for (int i : map.from) ++map.to_begin[size_t(i) + 1];
-  for (size_t i = 1; i < map.to_begin.size(); ++i) map.to_begin[i] += map.to_begin[i - 1];
-  std::vector<int> next = map.to_begin;
-  map.to.resize(map.from.size());
-  for (size_t o = 0; o < map.from.size(); ++o) map.to[size_t(next[size_t(map.from[o])]++)] = int(o);
-  const Affine affine = affine_of(l, parameters);
-  map.scale_positions = affine.per_element ? l.out.positions() : 1;
+  map.from = table.from;
+  map.to_begin = table.readers.begin;
+  map.to = table.readers.items;
+  map.scale_positions = source.addresses.norm_per_element ? l.out.positions() : 1;
   const int units = round_up(l.out.c, 32) / 16;  // whole units of either storage type
   map.scale.assign(size_t(units) * size_t(map.scale_positions) * 16, 1.0f);
   map.shift.assign(map.scale.size(), 0.0f);
-  if (affine.scale.empty()) return;
+  if (!source.norm.present()) return;
   for (int c = 0; c < l.out.c; ++c)
     for (int p = 0; p < map.scale_positions; ++p) {
       const size_t to = (size_t(c / 16) * size_t(map.scale_positions) + size_t(p)) * 16 + size_t(c % 16);
-      const size_t from = size_t(c) * size_t(map.scale_positions) + size_t(p);
-      map.scale[to] = affine.scale[from];
-      map.shift[to] = affine.shift[from];
+      const size_t from = size_t(source.addresses.norm_of(p, c));
+      map.scale[to] = source.norm.scale[from];
+      map.shift[to] = source.norm.shift[from];
     }
 }
 
-// Lane-multiply-adds that the two forms of the last layer would take; the lesser wins. A column belongs to one
-// pixel at most, so that the pixel's gradient can be stored there.
-bool columns_are_cheaper(const Layer& l, const Links& ys, const Links& xs, int lanes) {
-  if (l.kind == Kind::kLinear || shares_products(ys) || shares_products(xs)) return false;
-  const double links = double(ys.links.size()) * double(xs.links.size());
-  const double taps = double(ys.sets.size()) * double(xs.sets.size());
-  const double gather = links * l.in.c * round_up(l.out.c, lanes);
-  const double columns = double(l.in.positions()) * l.in.c * round_up(int(taps) * l.out.c, lanes);
-  return columns < gather;
+// Both directions of a last layer whose output is the image's sums.
+void pack_last_by_taps(PackedLayer& last, const KernelTable* table, const Source& source, const LayerLinks& links) {
+  const Matrices m = matrices_of(source, links);
+  link(last.forward, table, last.layer, links, Direction::kForward);
+  pack_direction(last.forward, m, Direction::kForward);
+  pack_bias(last.forward, bias_of(source));
+  link(last.backward, table, last.layer, links, Direction::kBackward);
+  // The image's gradient is in natural order, so only a schedule that reads that will do.
+  if (last.backward.phases > 1) drop_tap_schedule(last.backward);
+  pack_direction(last.backward, m, Direction::kBackward);
 }
 
-void pack_image(PackedGenerator& packed, PackedLayer& last, const std::vector<Parameter>& parameters) {
-  const Layer& l = last.layer;
-  const int positions = l.out.positions();
-  const KernelTable* table = packed.set->float32;
-  const Affine affine = l.has_matrix() ? affine_of(l, parameters) : Affine{};
-  Links ys, xs;
-  if (l.has_matrix()) {
-    ys = links_of(l, true);
-    xs = links_of(l, false);
-    packed.columns = columns_are_cheaper(l, ys, xs, table->lanes);
+// Both directions of a last layer that is computed as columns: every input position is a row of one matrix product, so
+// there is one tap, from a position to itself.
+void pack_last_by_columns(PackedLayer& last, const KernelTable* table, const Source& source,
+                          const ImageGeometry& image) {
+  const Matrices m = matrices_of(source, image.links);
+  set_channels(last.forward, table, last.layer.in.c, image.channels);
+  set_channels(last.backward, table, image.channels, last.layer.in.c);
+  for (Gemm* g : {&last.forward, &last.backward}) {
+    g->source_positions = g->destination_positions = 1;
+    g->matrices = 1;
+    g->tap_begin = {0, 1};
+    g->taps = {{0, 0}};
+    order_places(*g, {{0}});
   }
-  bool per_position = false;
-  const std::vector<float> bias = l.has_matrix() ? bias_of(l, parameters, affine, &per_position) : std::vector<float>();
-  std::vector<std::vector<PixelEntry>> pixels(size_t(packed.pixels()));
-  if (!packed.columns) {
-    packed.image_places = positions;
-    packed.image_units = round_up(l.out.c, 16) / 16;
-    for (int c = 0; c < l.out.c; ++c)
-      for (int p = 0; p < positions; ++p)
-        pixels[size_t(c) * size_t(positions) + size_t(p)].push_back({(c / 16) * positions + p, c % 16});
-    if (l.has_matrix()) {
-      const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-      link(last.forward, table, l, ys, xs, false);
-      pack_weights(last.forward, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
-      pack_bias(last.forward, bias, per_position ? positions : 1);
-      link(last.backward, table, l, ys, xs, true);
-      // The image's gradient is in natural order, so only a schedule that reads that will do.
-      if (last.backward.phases > 1) drop_tap_schedule(last.backward);
-      pack_weights(last.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
-    }
-  } else {
-    // Every input position times every (tap, channel): one tap, all positions at once.
-    const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-    const int columns = m.count * m.out, in_positions = l.in.positions();
-    packed.image_places = in_positions;
-    packed.image_units = round_up(columns, 16) / 16;
-    for (const Link& y : ys.links)
-      for (const Link& x : xs.links)
-        for (int c = 0; c < l.out.c; ++c) {
-          const int column = c * m.count + y.set * int(xs.sets.size()) + x.set;
-          const int pixel = c * positions + y.out * l.out.w + x.out;
-          pixels[size_t(pixel)].push_back({(column / 16) * in_positions + y.in * l.in.w + x.in, column % 16});
-        }
-    packed.pixel_bias.resize(size_t(packed.pixel_stride()), 0.0f);
-    for (int c = 0; c < l.out.c; ++c)
-      for (int p = 0; p < positions; ++p)
-        packed.pixel_bias[size_t(c) * size_t(positions) + size_t(p)] =
-            bias[(per_position ? size_t(p) * size_t(l.out.c) : 0) + size_t(c)];
-    for (Gemm* g : {&last.forward, &last.backward}) {
-      g->source_positions = g->destination_positions = 1;
-      g->matrices = 1;
-      g->tap_begin = {0, 1};
-      g->taps = {{0, 0}};
-    }
-    set_channels(last.forward, table, l.in.c, columns);
-    set_channels(last.backward, table, columns, l.in.c);
-    for (Gemm* g : {&last.forward, &last.backward}) order_places(*g, {{0}});
-    pack_weights(last.forward, [&](int, int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; });
-    pack_weights(last.backward, [&](int, int column, int ci) { return m.at(column % m.count, ci)[column / m.count]; });
-  }
-  packed.entry_begin = {0};
-  for (const auto& list : pixels) {
-    packed.entries.insert(packed.entries.end(), list.begin(), list.end());
-    packed.entry_begin.push_back(int(packed.entries.size()));
-  }
+  const auto weight = [&m](int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; };
+  pack_weights(last.forward, [&](int, int ci, int column) { return weight(ci, column); });
+  pack_weights(last.backward, [&](int, int column, int ci) { return weight(ci, column); });
+}
 
-  for (size_t pixel = 0; pixel < pixels.size(); ++pixel)
-    for (const PixelEntry& e : pixels[pixel]) packed.runs.push_back({e.place, e.lane, int(pixel), 1});
-  std::sort(packed.runs.begin(), packed.runs.end(), [](const PixelRun& a, const PixelRun& b) {
+// The bias of each pixel, which columns leave out: several of them are added up for one pixel.
+std::vector<float> pixel_bias_of(const Source& source, int pixel_stride) {
+  const Shape& out = source.layer.out;
+  const std::vector<float> bias = bias_of(source);
+  std::vector<float> of_pixels(size_t(pixel_stride), 0.0f);
+  for (int c = 0; c < out.c; ++c)
+    for (int p = 0; p < out.positions(); ++p)
+      of_pixels[size_t(c) * size_t(out.positions()) + size_t(p)] =
+          bias[size_t(source.addresses.bias_per_position ? p * out.c + c : c)];
+  return of_pixels;
+}
+
+// Which lanes of which units each pixel reads, and the same by unit: runs of neighbouring lanes of neighbouring pixels.
+void pack_entries(PackedGenerator& packed, const ImageGeometry& image) {
+  packed.entry_begin = image.of_pixels.begin;
+  for (const ImageEntry& e : image.of_pixels.items)
+    packed.entries.push_back({e.channel / 16 * image.positions + e.position, e.channel % 16});
+
+  std::vector<PixelRun> single;
+  for (int pixel = 0; pixel < packed.pixels(); ++pixel)
+    for (int i = packed.entry_begin[size_t(pixel)]; i < packed.entry_begin[size_t(pixel) + 1]; ++i)
+      single.push_back({packed.entries[size_t(i)].place, packed.entries[size_t(i)].lane, pixel, 1});
+  std::sort(single.begin(), single.end(), [](const PixelRun& a, const PixelRun& b) {
     return a.place != b.place ? a.place < b.place : a.lane < b.lane;
   });
-  size_t kept = 0;
-  for (const PixelRun& run : packed.runs) {
-    if (kept > 0) {
-      PixelRun& before = packed.runs[kept - 1];
-      if (before.place == run.place && before.lane + before.count == run.lane &&
-          before.pixel + before.count == run.pixel) {
-        ++before.count;
-        continue;
-      }
-    }
-    packed.runs[kept++] = run;
+  for (const PixelRun& next : single) {
+    PixelRun* before = packed.runs.empty() ? nullptr : &packed.runs.back();
+    if (before && before->place == next.place && before->lane + before->count == next.lane &&
+        before->pixel + before->count == next.pixel)
+      ++before->count;
+    else
+      packed.runs.push_back(next);
   }
-  packed.runs.resize(kept);
+}
+
+void pack_image(PackedGenerator& packed, PackedLayer& last, const Source& source) {
+  const KernelTable* table = packed.set->float32;
+  // Entries are summed by matrix, as a layer's taps are.
+  const ImageGeometry image = image_geometry_of(packed.plan, table->lanes, {});
+  packed.columns = image.columns;
+  packed.image_places = image.positions;
+  packed.image_units = round_up(image.channels, 16) / 16;
+  if (image.columns) {
+    pack_last_by_columns(last, table, source, image);
+    packed.pixel_bias = pixel_bias_of(source, packed.pixel_stride());
+  } else if (last.layer.has_matrix()) {
+    pack_last_by_taps(last, table, source, image.links);
+  }
+  pack_entries(packed, image);
+}
+
+// Both directions of a layer with a matrix that is not the last. The first one's forward weights may give the latent's
+// gradient, too, and then need no others for it.
+void pack_matrix(PackedLayer& packed, const KernelTable* table, const Source& source, bool first) {
+  const Layer& l = packed.layer;
+  const LayerLinks links = links_of(l);
+  const Matrices m = matrices_of(source, links);
+  Gemm& forward = packed.forward;
+  link(forward, table, l, links, Direction::kForward);
+  pack_direction(forward, m, Direction::kForward);
+  pack_bias(forward, bias_of(source));
+  if (first && forward.gives_latent_gradient()) {
+    for (int p = 0; p < forward.destination_positions; ++p)
+      for (int t = forward.tap_begin[size_t(p)]; t < forward.tap_begin[size_t(p) + 1]; ++t)
+        forward.latent_taps.push_back({p, forward.taps[size_t(t)].matrix});
+  } else {
+    link(packed.backward, table, l, links, Direction::kBackward);
+    pack_direction(packed.backward, m, Direction::kBackward);
+  }
+}
+
+// Where the gradient of each position of a map is kept for a reader that takes columns of x in so many phases.
+std::vector<int> gradient_order_of(const Shape& shape, int phases) {
+  std::vector<int> order;
+  for (int y = 0; y < shape.h; ++y)
+    for (int x = 0; x < shape.w; ++x) {
+      int start = 0;  // of the phase: the number of positions in the phases before it
+      for (int phase = 0; phase < x % phases; ++phase) start += (shape.w - phase + phases - 1) / phases;
+      order.push_back(y * shape.w + start + x / phases);
+    }
+  return order;
 }
 
 std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Parameter>& parameters,
@@ -466,36 +469,14 @@ std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Pa
     PackedLayer layer;
     layer.layer = plan.layers[n];
     const Layer& l = layer.layer;
+    const Source source = source_of(l, parameters);
     layer.slope = l.activation == Activation::kRelu ? 0.0f : l.activation == Activation::kLeakyRelu ? l.slope : 1.0f;
-    if (l.kind == Kind::kMap) pack_map(layer, parameters);
-    if (n + 1 == plan.layers.size()) {
-      pack_image(*packed, layer, parameters);
-    } else if (l.has_matrix()) {
-      const Links ys = links_of(l, true), xs = links_of(l, false);
-      const Affine affine = affine_of(l, parameters);
-      const Matrices m = matrices_of(l, parameters, ys, xs, affine);
-      link(layer.forward, table, l, ys, xs, false);
-      pack_weights(layer.forward, [&](int t, int ci, int co) { return m.at(t, ci)[co]; });
-      bool per_position = false;
-      const std::vector<float> bias = bias_of(l, parameters, affine, &per_position);
-      pack_bias(layer.forward, bias, per_position ? l.out.positions() : 1);
-      if (n > 0 || !layer.forward.gives_latent_gradient()) {
-        link(layer.backward, table, l, ys, xs, true);
-        pack_weights(layer.backward, [&](int t, int ci, int co) { return m.at(t, co)[ci]; });
-      } else {
-        Gemm& g = layer.forward;
-        for (int p = 0; p < g.destination_positions; ++p)
-          for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t)
-            g.latent_taps.push_back({p, g.taps[size_t(t)].matrix});
-      }
-    }
-    const int phases = layer.backward.phases, width = l.out.w;
-    for (int y = 0; y < l.out.h; ++y)
-      for (int x = 0; x < width; ++x) {
-        int start = 0;  // of the phase: the number of positions in the phases before it
-        for (int phase = 0; phase < x % phases; ++phase) start += (width - phase + phases - 1) / phases;
-        layer.gradient_order.push_back(y * width + start + x / phases);
-      }
+    if (l.kind == Kind::kMap) pack_map(layer, source);
+    if (n + 1 == plan.layers.size())
+      pack_image(*packed, layer, source);
+    else if (l.has_matrix())
+      pack_matrix(layer, table, source, n == 0);
+    layer.gradient_order = gradient_order_of(l.out, layer.backward.phases);
     packed->layers.push_back(std::move(layer));
   }
   return packed;
@@ -511,9 +492,7 @@ size_t PackedGenerator::bytes() const {
 
 std::shared_ptr<const PackedGenerator> pack(const Plan& plan, const std::vector<Parameter>& parameters,
                                             const InstructionSet& set, Precision precision) {
-  std::vector<int64_t> elements;
-  for (const Parameter& p : parameters) elements.push_back(p.elements);
-  check_parameters(plan, elements);
+  check_parameters(plan, elements_of(parameters));
   auto packed = pack_all(plan, parameters, set, precision);
   if (precision == Precision::kBfloat16) packed->exact = pack_all(plan, parameters, set, Precision::kFloat32);
   return packed;

@@ -19,8 +19,8 @@ DEFGAN_DEVICE float packed_weight(const PackParams& p, const Pack& pack, const i
   const int32_t to = load_constant(index + pack.column_offset + column);
   if (at == kNone || to == kNone) return 0.0f;
   int set = matrix;
-  if (pack.set_of == 1) set = load_constant(index + pack.row_set + row);
-  if (pack.set_of == 2) set = load_constant(index + pack.column_set + column);
+  if (pack.set_from == SetFrom::kRow) set = load_constant(index + pack.row_set + row);
+  if (pack.set_from == SetFrom::kColumn) set = load_constant(index + pack.column_set + column);
   float scale = 1.0f;
   if (pack.var != kNone) {
     const int32_t by_row = load_constant(index + pack.row_norm + row);
@@ -38,13 +38,14 @@ DEFGAN_DEVICE float packed_weight(const PackParams& p, const Pack& pack, const i
 DEFGAN_DEVICE float packed_vector(const PackParams& p, const PackVector& v, const int32_t* index, int i) {
   const int32_t element = load_constant(index + v.element + i), norm = load_constant(index + v.norm + i);
   if (element == kNone) return v.fill;
-  const float given = v.what == 0 && v.bias != kNone ? load_constant(p.parameters[v.bias] + element) : 0.0f;
+  const float given =
+      v.kind == VectorKind::kBias && v.bias != kNone ? load_constant(p.parameters[v.bias] + element) : 0.0f;
   if (v.mean == kNone) return given;
   const float scale = norm_scale(p, v.gamma, v.var, v.eps, norm);
-  if (v.what == 1) return scale;
+  if (v.kind == VectorKind::kScale) return scale;
   const float beta = v.beta == kNone ? 0.0f : load_constant(p.parameters[v.beta] + norm);
   const float shift = beta - load_constant(p.parameters[v.mean] + norm) * scale;
-  return v.what == 2 ? shift : given * scale + shift;
+  return v.kind == VectorKind::kShift ? shift : given * scale + shift;
 }
 
 // The piece of 8 elements (one lane's part of a fragment) with number `piece`.

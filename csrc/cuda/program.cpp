@@ -13,17 +13,8 @@ namespace {
 int chunks_of(int channels) { return (channels + kChunk - 1) / kChunk; }
 int padded(int channels) { return chunks_of(channels) * kChunk; }
 
-// A product of one source position and one matrix that a destination position sums.
-struct Tap {
-  int phase, matrix, source;
-  bool operator<(const Tap& o) const { return std::tie(phase, matrix, source) < std::tie(o.phase, o.matrix, o.source); }
-};
-
-// How parameter elements map to the two sides of a layer's matrices.
-struct Side {
-  int channels = 0;
-  std::vector<int32_t> offset, norm, set;  // of each padded channel (or column of the image's side)
-};
+// Of a layer's matrices: whether taps are summed at each destination, or all (channel, matrix) columns are one matrix.
+enum class Form { kTaps, kColumns };
 
 class Builder {
  public:
@@ -32,9 +23,8 @@ class Builder {
       throw std::invalid_argument("plan: the CUDA kernels take at most " + std::to_string(kMaxParameters) +
                                   " parameters, got " + std::to_string(elements.size()));
     check_parameters(plan_, elements);
-    for (const Layer& l : plan_.layers)
-      per_element_.push_back(l.norm.present() && l.out.positions() > 1 &&
-                             elements[size_t(l.norm.mean)] == l.out.elements());
+    for (const Layer& l : plan_.layers) addresses_.emplace_back(l, elements);
+    image_ = image_geometry_of(plan_, kChunk, {column_phases(), TapOrder::Within::kBySource});
   }
 
   void build() {
@@ -67,37 +57,17 @@ class Builder {
   }
 
   void lay_out_buffers() {
-    const Layer& last = plan_.layers.back();
-    if (last.has_matrix()) {
-      ys_ = links_of(last, true);
-      xs_ = links_of(last, false);
-      columns_ = columns_are_cheaper(last);
-    }
-    places_ = columns_ ? last.in.positions() : last.out.positions();
-    place_channels_ = columns_ ? int(ys_.sets.size() * xs_.sets.size()) * last.out.c : last.out.c;
-
     const int64_t latent_bytes = int64_t(plan_.latent_size()) * kGroupRows * 4;
     p_.header.latent = reserve(latent_bytes);
     p_.header.velocity = reserve(latent_bytes);
     for (const Layer& l : plan_.layers) inputs_.push_back(reserve(block_bytes(l.in.positions(), chunks_of(l.in.c))));
     // The sums are dead once the image is made of them; the image's gradient is spread over their place.
-    sums_ = reserve(int64_t(places_) * padded(place_channels_) * kGroupRows * 4);
+    sums_ = reserve(int64_t(image_.positions) * padded(image_.channels) * kGroupRows * 4);
     p_.header.image = reserve(plan_.image.elements() * kGroupRows * 4);
-    int most = chunks_of(place_channels_);
+    int most = chunks_of(image_.channels);
     for (const Layer& l : plan_.layers) most = std::max({most, chunks_of(l.in.c), chunks_of(l.out.c)});
     p_.header.zero_bytes = int32_t(block_bytes(1, most));
     p_.header.zero = reserve(p_.header.zero_bytes);
-  }
-
-  // Multiply-adds, padding counted, of the last layer as a sum of taps at each pixel against one product of every
-  // input position with all (channel, tap) columns. A column belongs to one pixel at most, so that the pixel's
-  // gradient can be stored there.
-  bool columns_are_cheaper(const Layer& l) const {
-    if (l.kind == Kind::kLinear || shares_products(ys_) || shares_products(xs_)) return false;
-    const double links = double(ys_.links.size()) * double(xs_.links.size());
-    const int64_t columns = int64_t(ys_.sets.size()) * int64_t(xs_.sets.size()) * l.out.c;
-    if (columns > (1 << 20)) return false;
-    return double(l.in.positions()) * padded(int(columns)) < links * padded(l.out.c);
   }
 
   // --- tables -------------------------------------------------------------------------------------------
@@ -143,47 +113,39 @@ class Builder {
     s.slope = n == 0 ? 0.0f : slope_of(plan_.layers[size_t(n - 1)]);
   }
 
-  // Positions of one phase share their matrices but at borders. Any partition would be correct.
-  static Pair phases(const Layer& l, bool backward) {
-    if (l.kind == Kind::kLinear) {
-      const Shape& to = backward ? l.in : l.out;
-      return {to.h, to.w};
-    }
-    if (l.kind == Kind::kConvTranspose) return backward ? Pair{1, 1} : l.stride;
-    return backward ? l.stride : l.upsample;
+  // Sums are taken phase by phase of the positions that they come from, where a transposed convolution made these: a
+  // kernel that holds one phase of an activation at a time (fused.h) can then keep the order.
+  static Pair phases_made_by(const Layer& l) { return l.kind == Kind::kConvTranspose ? l.stride : Pair{1, 1}; }
+
+  // The same for the columns, whose positions the layer before the last one made.
+  Pair column_phases() const {
+    const size_t count = plan_.layers.size();
+    return count > 1 ? phases_made_by(plan_.layers[count - 2]) : Pair{1, 1};
   }
 
-  void add_classes(Stage& s, const Layer& l, const Links& ys, const Links& xs, bool backward) {
+  void add_classes(Stage& s, const Layer& l, const LayerLinks& links, Direction direction) {
+    const bool backward = direction == Direction::kBackward;
     const Shape& from = backward ? l.out : l.in;
     const Shape& to = backward ? l.in : l.out;
-    // Gradients are summed phase by phase of the positions that they come from: a kernel that holds one phase of an
-    // activation at a time (fused.h) can then keep the order.
-    const Pair source_phases = backward && l.kind == Kind::kConvTranspose ? l.stride : Pair{1, 1};
-    std::vector<std::vector<Tap>> taps(size_t(to.positions()));
-    for (const Link& y : ys.links)
-      for (const Link& x : xs.links) {
-        const int in = y.in * l.in.w + x.in, out = y.out * l.out.w + x.out;
-        const int source = backward ? out : in;
-        const int phase = source / from.w % source_phases.h * source_phases.w + source % from.w % source_phases.w;
-        taps[size_t(backward ? in : out)].push_back({phase, y.set * int(xs.sets.size()) + x.set, source});
-      }
-    const Pair phase = phases(l, backward);
-    std::map<int, std::vector<int>> members;
-    for (int d = 0; d < to.positions(); ++d) members[d / to.w % phase.h * phase.w + d % to.w % phase.w].push_back(d);
+    const TapOrder order{backward ? phases_made_by(l) : Pair{1, 1}, TapOrder::Within::kByMatrix};
+    const Lists<Tap> taps = taps_of(l, links, direction, order);
+    // No two positions of a Linear layer share a matrix: each is a class of its own. Any partition would be correct.
+    const Pair phases = l.kind == Kind::kLinear ? Pair{to.h, to.w} : phases_of(l, direction);
 
     std::vector<PositionClass> classes;
-    for (const auto& entry : members) {
-      const std::vector<int>& positions = entry.second;
+    for (const std::vector<int>& positions : positions_by_phase(to, phases)) {
       // A matrix may come several times, from several sources (upsampling backward): the n-th time is its own tap.
-      using Key = std::tuple<int, int, int>;
+      using Key = std::tuple<int, int, int>;      // phase of the source, matrix, time
       std::map<Key, std::map<int, int>> sources;  // key -> position in the class -> source
       for (size_t i = 0; i < positions.size(); ++i) {
-        std::vector<Tap>& own = taps[size_t(positions[i])];
-        std::sort(own.begin(), own.end());
-        int times = 0;
-        for (size_t t = 0; t < own.size(); ++t) {
-          times = t > 0 && own[t].phase == own[t - 1].phase && own[t].matrix == own[t - 1].matrix ? times + 1 : 0;
-          sources[{own[t].phase, own[t].matrix, times}][int(i)] = own[t].source;
+        int phase = kNone, matrix = kNone, time = 0;
+        for (int t = taps.begin[size_t(positions[i])]; t < taps.begin[size_t(positions[i]) + 1]; ++t) {
+          const Tap& tap = taps.items[size_t(t)];
+          const int tap_phase = phase_of(tap.source, from.w, order.source_phases);
+          time = tap_phase == phase && tap.matrix == matrix ? time + 1 : 0;
+          phase = tap_phase;
+          matrix = tap.matrix;
+          sources[{phase, matrix, time}][int(i)] = tap.source;
         }
       }
       std::vector<int32_t> matrix, source;
@@ -215,28 +177,38 @@ class Builder {
 
   // --- matrices -----------------------------------------------------------------------------------------
 
-  struct Steps {
-    int64_t in, out;  // elements between input and between output channels of the parameter
+  const ParameterAddresses& addresses_of(const Layer& l) const { return addresses_[size_t(&l - plan_.layers.data())]; }
+
+  // Which elements of a parameter the channels of one side of a matrix are.
+  struct Side {
+    std::vector<int32_t> offset, norm, set;  // of each padded channel or column; kNone where it has none
   };
-  static Steps steps_of(const Layer& l) {
-    const int64_t taps = int64_t(l.kernel.h) * l.kernel.w;
-    if (l.kind == Kind::kConvTranspose) return {l.out.c * taps, taps};
-    if (l.kind == Kind::kConv) return {taps, l.in.c * taps};
-    return {l.in.positions(), int64_t(l.out.positions()) * l.in.elements()};
+
+  Side side_of(const Layer& l, bool output, int padded_channels, int columns_of_channel) const {
+    const ParameterAddresses& at = addresses_of(l);
+    Side side;
+    for (std::vector<int32_t>* list : {&side.offset, &side.norm, &side.set})
+      list->assign(size_t(padded_channels), kNone);
+    const int channels = output ? l.out.c : l.in.c, copies = output ? columns_of_channel : 1;
+    for (int i = 0; i < channels * copies; ++i) {
+      const int channel = i / copies;
+      side.offset[size_t(i)] = int32_t(channel * (output ? at.step_out : at.step_in));
+      if (output) side.norm[size_t(i)] = at.norm_of(0, channel);
+      if (output) side.set[size_t(i)] = i % copies;
+    }
+    return side;
   }
 
-  bool norm_is_per_element(const Layer& l) const { return per_element_[size_t(&l - plan_.layers.data())]; }
-
-  void add_pack(Stage& s, const Layer& l, const Links& ys, const Links& xs, bool backward, bool columns) {
-    const int sets = int(ys.sets.size() * xs.sets.size());
-    const Steps steps = steps_of(l);
+  void add_pack(Stage& s, const Layer& l, const LayerLinks& links, Direction direction, Form form) {
+    const ParameterAddresses& at = addresses_of(l);
+    const bool backward = direction == Direction::kBackward, columns = form == Form::kColumns;
     if (double(l.kind == Kind::kLinear ? double(l.in.elements()) * double(l.out.elements())
                                        : double(l.kernel.h) * l.kernel.w * l.in.c * l.out.c) > double(1 << 30))
       throw std::invalid_argument("plan: a weight has too many elements for the CUDA kernels");
     Pack pack{};
     pack.weight = l.weight;
     pack.mean = pack.var = pack.gamma = kNone;
-    pack.matrices = columns ? 1 : sets;
+    pack.matrices = columns ? 1 : links.matrices();
     pack.rows = s.destination_chunks * kChunk;
     pack.columns = s.source_chunks * kChunk;
     if (l.norm.present()) {
@@ -245,48 +217,24 @@ class Builder {
       pack.gamma = l.norm.weight;
       pack.eps = float(l.norm.eps);
     }
-    const int norm_step = norm_is_per_element(l) ? l.out.positions() : 1;
-    const auto side = [&](bool output, int padded_channels, std::vector<int32_t>& offset, std::vector<int32_t>& norm,
-                          std::vector<int32_t>& set) {
-      offset.assign(size_t(padded_channels), kNone);
-      norm.assign(size_t(padded_channels), kNone);
-      set.assign(size_t(padded_channels), kNone);
-      const int channels = output ? l.out.c : l.in.c, copies = output && columns ? sets : 1;
-      for (int i = 0; i < channels * copies; ++i) {
-        const int channel = i / copies;
-        offset[size_t(i)] = int32_t(channel * (output ? steps.out : steps.in));
-        if (output) norm[size_t(i)] = channel * norm_step;
-        if (output && columns) set[size_t(i)] = i % copies;
-      }
-    };
-    std::vector<int32_t> offset, norm, set;
-    side(!backward, pack.rows, offset, norm, set);
-    pack.row_offset = add_table(offset);
-    pack.row_norm = add_table(norm);
-    pack.row_set = add_table(set);
-    side(backward, pack.columns, offset, norm, set);
-    pack.column_offset = add_table(offset);
-    pack.column_norm = add_table(norm);
-    pack.column_set = add_table(set);
-    pack.set_of = !columns ? 0 : backward ? 2 : 1;
+    const int copies = columns ? links.matrices() : 1;
+    const Side row_side = side_of(l, !backward, pack.rows, copies);
+    const Side column_side = side_of(l, backward, pack.columns, copies);
+    pack.row_offset = add_table(row_side.offset);
+    pack.row_norm = add_table(row_side.norm);
+    pack.row_set = add_table(row_side.set);
+    pack.column_offset = add_table(column_side.offset);
+    pack.column_norm = add_table(column_side.norm);
+    pack.column_set = add_table(column_side.set);
+    pack.set_from = !columns ? SetFrom::kMatrix : backward ? SetFrom::kColumn : SetFrom::kRow;
 
     std::vector<int32_t> begin{0}, taps, set_norm;
-    for (const auto& ty : ys.sets)
-      for (const auto& tx : xs.sets) {
-        int32_t norm_at = 0;
-        for (const int ky : ty)
-          for (const int kx : tx) {
-            if (l.kind != Kind::kLinear) {
-              taps.push_back(ky * l.kernel.w + kx);
-              continue;
-            }
-            const int iy = ky / l.out.h, oy = ky % l.out.h, ix = kx / l.out.w, ox = kx % l.out.w;
-            const int out = oy * l.out.w + ox;
-            taps.push_back(int32_t(out * l.in.elements() + iy * l.in.w + ix));
-            if (norm_step > 1) norm_at = out;
-          }
+    for (const std::vector<int>& set_y : links.vertical.sets)
+      for (const std::vector<int>& set_x : links.horizontal.sets) {
+        for (const int ky : set_y)
+          for (const int kx : set_x) taps.push_back(int32_t(at.weight_of(ky, kx)));
         begin.push_back(int32_t(taps.size()));
-        set_norm.push_back(norm_at);
+        set_norm.push_back(at.norm_of(at.output_position_of(set_y.front(), set_x.front()), 0));
       }
     pack.set_begin = add_table(begin);
     pack.set_taps = add_table(taps);
@@ -302,7 +250,7 @@ class Builder {
 
   // --- packed vectors -------------------------------------------------------------------------------------
 
-  int add_vector(const Layer& l, int what, const std::vector<int32_t>& element, const std::vector<int32_t>& norm,
+  int add_vector(const Layer& l, VectorKind kind, const std::vector<int32_t>& element, const std::vector<int32_t>& norm,
                  float fill) {
     PackVector v{};
     v.destination = int32_t(p_.vector_floats);
@@ -314,7 +262,7 @@ class Builder {
     v.var = l.norm.var;
     v.gamma = l.norm.weight;
     v.beta = l.norm.bias;
-    v.what = what;
+    v.kind = kind;
     v.eps = float(l.norm.eps);
     v.fill = fill;
     p_.vectors.push_back(v);
@@ -326,17 +274,16 @@ class Builder {
 
   // Bias of a layer with a matrix, [position or 1][padded channels].
   void add_bias(Stage& s, const Layer& l) {
-    const bool norm_per_element = norm_is_per_element(l);
-    const int positions = (l.kind == Kind::kLinear && l.bias >= 0) || norm_per_element ? l.out.positions() : 1;
-    const int width = s.destination_chunks * kChunk;
+    const ParameterAddresses& at = addresses_of(l);
+    const int positions = at.bias_per_position ? l.out.positions() : 1, width = s.destination_chunks * kChunk;
     std::vector<int32_t> element(size_t(positions) * size_t(width), kNone), norm = element;
     for (int p = 0; p < positions; ++p)
       for (int c = 0; c < l.out.c; ++c) {
-        const size_t at = size_t(p) * size_t(width) + size_t(c);
-        element[at] = l.kind == Kind::kLinear ? c * l.out.positions() + p : c;
-        norm[at] = norm_per_element ? c * l.out.positions() + p : c;
+        const size_t to = size_t(p) * size_t(width) + size_t(c);
+        element[to] = at.bias_of(p, c);
+        norm[to] = at.norm_of(p, c);
       }
-    s.bias = add_vector(l, 0, element, norm, 0.0f);
+    s.bias = add_vector(l, VectorKind::kBias, element, norm, 0.0f);
     s.bias_stride = positions > 1 ? width : 0;
   }
 
@@ -356,15 +303,15 @@ class Builder {
         add_map_forward(s, l);
       else
         add_reorder(s, l.in, l.out);
-    } else if (is_last(n) && columns_) {
-      s.destination_positions = places_;
-      s.destination_chunks = chunks_of(place_channels_);
+    } else if (is_last(n) && image_.columns) {
+      s.destination_positions = image_.positions;
+      s.destination_chunks = chunks_of(image_.channels);
       add_one_tap(s);
-      add_pack(s, l, ys_, xs_, false, true);
+      add_pack(s, l, image_.links, Direction::kForward, Form::kColumns);
     } else {
-      const Links ys = links_of(l, true), xs = links_of(l, false);
-      add_classes(s, l, ys, xs, false);
-      add_pack(s, l, ys, xs, false, false);
+      const LayerLinks links = links_of(l);
+      add_classes(s, l, links, Direction::kForward);
+      add_pack(s, l, links, Direction::kForward, Form::kTaps);
       if (!is_last(n)) add_bias(s, l);
     }
     p_.stages.push_back(s);
@@ -374,9 +321,9 @@ class Builder {
   void add_one_tap(Stage& s) {
     PositionClass c{};
     c.taps = 1;
-    c.positions = places_;
+    c.positions = image_.positions;
     std::vector<int32_t> all, sources;
-    for (int i = 0; i < places_; ++i) {
+    for (int i = 0; i < image_.positions; ++i) {
       all.push_back(i);
       sources.push_back(source_of(s, i));
     }
@@ -390,22 +337,19 @@ class Builder {
 
   void add_map_forward(Stage& s, const Layer& l) {
     s.kind = StageKind::kMap;
-    std::vector<int32_t> from;
-    for (int y = 0; y < l.out.h; ++y)
-      for (int x = 0; x < l.out.w; ++x)
-        from.push_back((y + l.pad.h) / l.upsample.h * l.in.w + (x + l.pad.w) / l.upsample.w);
-    s.index = add_table(from);
+    s.index = add_table(map_table_of(l).from);
     add_map_scale(s, l);
   }
 
   void add_map_scale(Stage& s, const Layer& l) {
     if (!l.norm.present()) return;
-    const int positions = norm_is_per_element(l) ? l.out.positions() : 1, width = chunks_of(l.out.c) * kChunk;
+    const ParameterAddresses& at = addresses_of(l);
+    const int positions = at.norm_per_element ? l.out.positions() : 1, width = padded(l.out.c);
     std::vector<int32_t> element(size_t(positions) * size_t(width), kNone);
     for (int p = 0; p < positions; ++p)
-      for (int c = 0; c < l.out.c; ++c) element[size_t(p) * size_t(width) + size_t(c)] = c * positions + p;
-    s.scale = add_vector(l, 1, element, element, 0.0f);
-    s.shift = add_vector(l, 2, element, element, 0.0f);
+      for (int c = 0; c < l.out.c; ++c) element[size_t(p) * size_t(width) + size_t(c)] = at.norm_of(p, c);
+    s.scale = add_vector(l, VectorKind::kScale, element, element, 0.0f);
+    s.shift = add_vector(l, VectorKind::kShift, element, element, 0.0f);
     s.scale_stride = positions > 1 ? width : 0;
   }
 
@@ -425,57 +369,38 @@ class Builder {
   // Image and spread: which sums make a pixel, and which columns get its gradient.
   void add_image() {
     const Layer& l = plan_.layers.back();
-    const int width = padded(place_channels_), positions = l.out.positions();
-    std::vector<std::vector<std::pair<std::tuple<int, int, int, int>, int>>> pixels(size_t(plan_.image.elements()));
-    pixel_of_.assign(size_t(places_) * size_t(width), kNone);
-    const auto connect = [&](int pixel, int place, int channel, std::tuple<int, int, int, int> order) {
-      pixels[size_t(pixel)].push_back({order, place * width + channel});
-      pixel_of_[size_t(place) * size_t(width) + size_t(channel)] = pixel;
-    };
-    if (columns_) {
-      const int sets = int(ys_.sets.size() * xs_.sets.size());
-      // Phase by phase of the columns' positions, for the same reason as in add_classes.
-      const size_t count = plan_.layers.size();
-      const bool strided = count > 1 && plan_.layers[count - 2].kind == Kind::kConvTranspose;
-      const Pair phase = strided ? plan_.layers[count - 2].stride : Pair{1, 1};
-      for (const Link& y : ys_.links)
-        for (const Link& x : xs_.links)
-          for (int c = 0; c < l.out.c; ++c)
-            connect(c * positions + y.out * l.out.w + x.out, y.in * l.in.w + x.in,
-                    c * sets + y.set * int(xs_.sets.size()) + x.set, {y.in % phase.h, x.in % phase.w, y.in, x.in});
-    } else {
-      for (int c = 0; c < l.out.c; ++c)
-        for (int p = 0; p < positions; ++p) connect(c * positions + p, p, c, {0, 0, 0, 0});
-    }
-    std::vector<int32_t> begin{0}, entries;
-    for (auto& pixel : pixels) {
-      std::sort(pixel.begin(), pixel.end());
-      for (const auto& entry : pixel) entries.push_back(entry.second * kGroupRows);
-      begin.push_back(int32_t(entries.size()));
-    }
+    const int width = padded(image_.channels), pixels = int(plan_.image.elements());
+    pixel_of_.assign(size_t(image_.positions) * size_t(width), kNone);
+    std::vector<int32_t> entries;
+    for (int pixel = 0; pixel < pixels; ++pixel)
+      for (int i = image_.of_pixels.begin[size_t(pixel)]; i < image_.of_pixels.begin[size_t(pixel) + 1]; ++i) {
+        const ImageEntry& entry = image_.of_pixels.items[size_t(i)];
+        const int at = entry.position * width + entry.channel;
+        entries.push_back(at * kGroupRows);
+        pixel_of_[size_t(at)] = pixel;
+      }
     Stage s = stage(StageKind::kImage, sums_, p_.header.image, l.out, l.out);
     s.activation = int32_t(l.activation);
     s.slope = slope_of(l);
     s.index = add_table(entries);
-    s.index_begin = add_table(begin);
-    s.pixels = int(plan_.image.elements());
+    s.index_begin = add_table(image_.of_pixels.begin);
+    s.pixels = pixels;
     if (l.has_matrix() && (l.bias >= 0 || l.norm.present())) {
-      const bool norm_per_element = norm_is_per_element(l);
       std::vector<int32_t> element, norm;
       for (int c = 0; c < l.out.c; ++c)
-        for (int p = 0; p < positions; ++p) {
-          element.push_back(l.kind == Kind::kLinear ? c * positions + p : c);
-          norm.push_back(norm_per_element ? c * positions + p : c);
+        for (int p = 0; p < l.out.positions(); ++p) {
+          element.push_back(addresses_of(l).bias_of(p, c));
+          norm.push_back(addresses_of(l).norm_of(p, c));
         }
-      s.bias = add_vector(l, 0, element, norm, 0.0f);
+      s.bias = add_vector(l, VectorKind::kBias, element, norm, 0.0f);
     }
     p_.stages.push_back(s);
   }
 
   void add_spread() {
     Stage s = stage(StageKind::kSpread, p_.header.image, sums_, plan_.image, plan_.image);
-    s.destination_positions = places_;
-    s.destination_chunks = chunks_of(place_channels_);
+    s.destination_positions = image_.positions;
+    s.destination_chunks = chunks_of(image_.channels);
     s.index = add_table(pixel_of_);
     p_.stages.push_back(s);
   }
@@ -486,30 +411,21 @@ class Builder {
     end_backward(s, n);
     if (l.kind == Kind::kMap) {
       s.kind = StageKind::kMap;
-      std::vector<int32_t> begin(size_t(l.in.positions()) + 1, 0), to;
-      std::vector<std::vector<int32_t>> readers(static_cast<size_t>(l.in.positions()));
-      for (int y = 0; y < l.out.h; ++y)
-        for (int x = 0; x < l.out.w; ++x)
-          readers[size_t((y + l.pad.h) / l.upsample.h * l.in.w + (x + l.pad.w) / l.upsample.w)].push_back(y * l.out.w +
-                                                                                                          x);
-      for (size_t i = 0; i < readers.size(); ++i) {
-        to.insert(to.end(), readers[i].begin(), readers[i].end());
-        begin[i + 1] = int32_t(to.size());
-      }
-      s.index = add_table(to);
-      s.index_begin = add_table(begin);
+      const Lists<int> readers = map_table_of(l).readers;
+      s.index = add_table(readers.items);
+      s.index_begin = add_table(readers.begin);
       add_map_scale(s, l);
     } else if (l.kind == Kind::kReorder) {
       add_reorder(s, l.out, l.in);
-    } else if (is_last(n) && columns_) {
-      s.source_chunks = chunks_of(place_channels_);
-      s.source_channels = place_channels_;
+    } else if (is_last(n) && image_.columns) {
+      s.source_chunks = chunks_of(image_.channels);
+      s.source_channels = image_.channels;
       add_one_tap(s);
-      add_pack(s, l, ys_, xs_, true, true);
+      add_pack(s, l, image_.links, Direction::kBackward, Form::kColumns);
     } else {
-      const Links ys = links_of(l, true), xs = links_of(l, false);
-      add_classes(s, l, ys, xs, true);
-      add_pack(s, l, ys, xs, true, false);
+      const LayerLinks links = links_of(l);
+      add_classes(s, l, links, Direction::kBackward);
+      add_pack(s, l, links, Direction::kBackward, Form::kTaps);
     }
     p_.stages.push_back(s);
   }
@@ -544,13 +460,11 @@ class Builder {
 
   Program& p_;
   const Plan& plan_;
-  Links ys_, xs_;  // of the last layer
-  bool columns_ = false;
-  int places_ = 0, place_channels_ = 0;
+  std::vector<ParameterAddresses> addresses_;  // of each layer
+  ImageGeometry image_;
   std::vector<int64_t> inputs_;
   int64_t sums_ = 0;
   std::vector<int32_t> pixel_of_;
-  std::vector<bool> per_element_;
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 // The order in which every sum is taken is fixed here, in the tables, so that all mappings give the same bits.
 #pragma once
 
+#include "../geometry.h"
 #include "launch.h"
 
 namespace defgan::cuda {
@@ -73,6 +74,13 @@ struct alignas(16) StageRecord {
   PositionClass classes[kStagedClasses];
 };
 
+// What tells which set of kernel elements a number of a packed matrix sums.
+enum class SetFrom : int32_t {
+  kMatrix,  // its matrix
+  kRow,     // its row (row_set): columns forward
+  kColumn,  // its column (column_set): columns backward
+};
+
 // What packing does for one stage: which elements of which parameter make up its matrices.
 struct alignas(16) Pack {
   int64_t weights;                    // bytes, destination
@@ -81,7 +89,7 @@ struct alignas(16) Pack {
   int32_t matrices, rows, columns;    // padded: destination channels, source channels
   int32_t row_offset, column_offset;  // tables: element offset in the parameter, kNone for padding
   int32_t row_norm, column_norm;      // tables: index into the norm's vectors, kNone where the other one has it
-  int32_t set_of;                     // 0: the matrix is the set, 1: the row tells it (row_set), 2: the column does
+  SetFrom set_from;
   int32_t row_set, column_set;
   int32_t set_begin, set_taps, set_norm;
   int32_t mean, var, gamma;  // parameters of the norm, kNone: no norm
@@ -89,13 +97,20 @@ struct alignas(16) Pack {
   int32_t pad[2];
 };
 
-// One float of the packed vectors: biases (norm folded), and scales and shifts of maps.
+// What a packed vector holds.
+enum class VectorKind : int32_t {
+  kBias,   // biases, a norm folded into them
+  kScale,  // a norm's scales
+  kShift,  // and its shifts
+};
+
+// What packing does for one of the packed vectors.
 struct alignas(16) PackVector {
   int32_t destination, count;  // floats
   int32_t element;             // table: index into the bias parameter, kNone for padding (then `fill`)
   int32_t norm;                // table: index into the norm's vectors
   int32_t bias, mean, var, gamma, beta;
-  int32_t what;  // 0: bias * scale + shift, 1: scale, 2: shift
+  VectorKind kind;
   float eps, fill;
 };
 

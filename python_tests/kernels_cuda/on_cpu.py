@@ -37,6 +37,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("program.cpp", ["-O1"]),
     ("projection.cpp", ["-O1"]),
     ("../plan.cpp", ["-O1"]),
+    ("../geometry.cpp", ["-O1"]),
 ]
 
 
