@@ -22,7 +22,7 @@ from defgan_fast.plan import decoder_of, latent_size_of
 from defgan_fast.starts import starting_points
 
 
-class Chain(nn.Module):
+class StemAndBody(nn.Module):
     """A plain stack with a forward of its own, so that lowering goes through torch.fx and not only Sequential."""
 
     def __init__(self, stem: nn.Linear, shape: tuple[int, int, int], body: nn.Module) -> None:
@@ -91,13 +91,13 @@ def random_transposed() -> nn.Module:
                 return generator
 
 
-def _random_transposed() -> Chain:
+def _random_transposed() -> StemAndBody:
     k, c = _int(5, 23), [_int(1, 37), _int(1, 29), _int(1, 21), _int(1, 3)]
     h, w = _int(2, 4), _int(2, 5)
     layers: list[nn.Module] = []
     for c_in, c_out, largest in zip(c, c[1:], (3, 3, 2), strict=False):
         layers += [_transposed(c_in, c_out, _int(2, 7), _int(1, largest)), nn.ReLU()]
-    return Chain(nn.Linear(k, c[0] * h * w), (c[0], h, w), nn.Sequential(*layers[:-1]))
+    return StemAndBody(nn.Linear(k, c[0] * h * w), (c[0], h, w), nn.Sequential(*layers[:-1]))
 
 
 def random_rectangular() -> nn.Module:

@@ -26,6 +26,7 @@ from defgan_fast.plan import Layer, Plan, decoder_of, interpret, latent_size_of,
 from defgan_fast.plan.activations import ACTIVATIONS
 from defgan_fast.starts import starting_points
 
+pytestmark = pytest.mark.slow
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of one step's gradient, relative: against float64, and against float64 rounded at the kernels' points.
 TO_EXACT = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 6.5e-2}

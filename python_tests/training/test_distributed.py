@@ -52,6 +52,7 @@ def finish(process):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_the_same_batch(tmp_path):
     running = [start(tmp_path / "two", 2), start(tmp_path / "one", 1)]
     outputs = [finish(process) for process in running]

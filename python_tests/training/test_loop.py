@@ -175,6 +175,7 @@ def same_bits(one, other):
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_killed_command_resumes_to_the_same_bits(tmp_path):
     """The same through the command line, once: evaluations included."""
     command = [sys.executable, "-m", "defgan_fast", "train", "gan", "--dataset", "digits", "--steps", "12"]
