@@ -177,7 +177,7 @@ def check_bits(precision: str, images: int, steps: int, in_flight: tuple[int, ..
 
 @executes
 @pytest.mark.parametrize(
-    ("name", "shape", "steps", "precision"), itertools.product(NAMES, SHAPES, ALL_STEPS, PRECISIONS)
+    ("name", "shape", "steps", "precision"), list(itertools.product(NAMES, SHAPES, ALL_STEPS, PRECISIONS))
 )
 def test_kernels_are_as_close_to_float64_as_pytorch(
     name: str, shape: tuple[int, int], steps: int, precision: str, record_property: Record, redraws: list[str]
