@@ -78,9 +78,9 @@ int main(int argc, char** argv) try {
   args.start = start.data();
   args.images_count = 1;
   args.restarts = rows;
-  args.rates = rates.data();
-  args.steps = steps;
-  args.momentum = 0.7f;
+  args.descent.rates = rates.data();
+  args.descent.steps = steps;
+  args.descent.momentum = 0.7f;
   args.threads = threads;
   args.latents = latents.data();
   args.errors = errors.data();

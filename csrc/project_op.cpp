@@ -131,9 +131,9 @@ std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, a
     args.start_per_image = z0.dim() == 3;
     args.images_count = count;
     args.restarts = int(restarts);
-    args.rates = rates.data();
-    args.steps = int(rates.size());
-    args.momentum = float(momentum);
+    args.descent.rates = rates.data();
+    args.descent.steps = int(rates.size());
+    args.descent.momentum = float(momentum);
     args.threads = threads();
     args.max_rows = max_rows;
     args.latents = latents.mutable_data_ptr<float>();
@@ -251,25 +251,4 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("rows"), py::arg("max_rows") = 0,
       py::arg("mapping") = "auto");
   m.def("flop_per_step", [](const std::string& plan) { return defgan::flop_per_step(defgan::parse_plan(plan)); });
-  m.def("describe_plan", [](const std::string& text) {
-    const defgan::Plan plan = defgan::parse_plan(text);
-    py::list layers;
-    for (const defgan::Layer& l : plan.layers) {
-      py::dict d;
-      const auto shape = [](const defgan::Shape& s) { return py::make_tuple(s.c, s.h, s.w); };
-      const auto pair = [](const defgan::Pair& p) { return py::make_tuple(p.h, p.w); };
-      d["kind"] = defgan::name_of(l.kind);
-      d["in"] = shape(l.in);
-      d["out"] = shape(l.out);
-      d["kernel"] = pair(l.kernel);
-      d["stride"] = pair(l.stride);
-      d["pad"] = pair(l.pad);
-      d["upsample"] = pair(l.upsample);
-      d["activation"] = defgan::name_of(l.activation);
-      d["slope"] = l.slope;
-      d["normalised"] = l.norm.present();
-      layers.append(d);
-    }
-    return layers;
-  });
 }

@@ -17,9 +17,6 @@ def machine_limits(isa: str, precision: str, threads: int, seconds: float) -> fl
 def flop_per_step(plan: str) -> int:
     """Multiply-add FLOP of one row and one step, forward and backward, border taps counted exactly."""
 
-def describe_plan(plan: str) -> list[dict[str, Any]]:
-    """The layers of a plan as the kernels see them."""
-
 def cuda_schedule(
     plan: str,
     elements: list[int],

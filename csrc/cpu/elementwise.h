@@ -83,30 +83,30 @@ struct Elementwise {
       }
   }
 
-  static void finish_forward(const float* scratch, char* stored, int c0, int c1, int64_t begin, int64_t end,
-                             int64_t places, Activation activation, float slope) {
-    for (int c = c0; c < c1; c += kLanes)
-      for (int64_t p = begin; p < end; ++p) {
-        const float* s = scratch + ((c / kUnitFloats) * places + p) * kUnitFloats + c % kUnitFloats;
-        S::store(at<S>(stored, c / kUnitFloats, p, places) + (c % kUnitFloats) * kBytes,
-                 activated<V>(V::load(s), activation, slope));
+  static void finish_forward(const FinishArgs& args) {
+    const FinishArgs a = args;
+    for (int c = a.channel_begin; c < a.channel_end; c += kLanes)
+      for (int64_t p = a.place_begin; p < a.place_end; ++p) {
+        const float* s = a.sums + ((c / kUnitFloats) * a.places + p) * kUnitFloats + c % kUnitFloats;
+        S::store(at<S>(a.stored, c / kUnitFloats, p, a.places) + (c % kUnitFloats) * kBytes,
+                 activated<V>(V::load(s), a.activation, a.slope));
       }
   }
 
-  static void finish_gradient(const float* scratch, const char* stored, char* delta, const int* order, int c0, int c1,
-                              int64_t begin, int64_t end, int64_t places, Activation activation, float slope) {
-    for (int c = c0; c < c1; c += kLanes)
-      for (int64_t p = begin; p < end; ++p) {
+  static void finish_gradient(const FinishArgs& args) {
+    const FinishArgs a = args;
+    for (int c = a.channel_begin; c < a.channel_end; c += kLanes)
+      for (int64_t p = a.place_begin; p < a.place_end; ++p) {
         const int offset = (c % kUnitFloats) * kBytes;
-        const float* s = scratch + ((c / kUnitFloats) * places + p) * kUnitFloats + c % kUnitFloats;
-        const char* h = at<S>(stored, c / kUnitFloats, p, places) + offset;
-        S::store(at<S>(delta, c / kUnitFloats, order[p], places) + offset,
-                 times_derivative<V>(V::load(s), S::load(h), activation, slope));
+        const float* s = a.sums + ((c / kUnitFloats) * a.places + p) * kUnitFloats + c % kUnitFloats;
+        const char* h = at<S>(a.stored, c / kUnitFloats, p, a.places) + offset;
+        S::store(at<S>(a.delta, c / kUnitFloats, a.order[p], a.places) + offset,
+                 times_derivative<V>(V::load(s), S::load(h), a.activation, a.slope));
       }
   }
 
-  static void expand(const char* units, float* wide, int u0, int u1, int64_t places) {
-    for (int u = u0; u < u1; ++u)
+  static void expand(const char* units, float* wide, int unit_begin, int unit_end, int64_t places) {
+    for (int u = unit_begin; u < unit_end; ++u)
       for (int64_t p = 0; p < places; ++p) {
         const char* s = at<S>(units, u, p, places);
         float* d = wide + (u * places + p) * kUnitFloats;
@@ -114,8 +114,8 @@ struct Elementwise {
       }
   }
 
-  static void narrow(const float* wide, char* units, int u0, int u1, int64_t places) {
-    for (int u = u0; u < u1; ++u)
+  static void narrow(const float* wide, char* units, int unit_begin, int unit_end, int64_t places) {
+    for (int u = unit_begin; u < unit_end; ++u)
       for (int64_t p = 0; p < places; ++p) {
         const float* s = wide + (u * places + p) * kUnitFloats;
         char* d = at<S>(units, u, p, places);
@@ -123,78 +123,81 @@ struct Elementwise {
       }
   }
 
-  static void map_forward(const char* source, int source_positions, char* stored, int positions, int rows,
-                          const int* from, const float* scale, const float* shift, int scale_positions, int u0, int u1,
-                          Activation activation, float slope) {
-    const int64_t sources = int64_t(source_positions) * rows, places = int64_t(positions) * rows;
-    for (int u = u0; u < u1; ++u)
-      for (int p = 0; p < positions; ++p) {
-        const int64_t affine = (int64_t(u) * scale_positions + (scale_positions == 1 ? 0 : p)) * kUnitFloats;
-        for (int row = 0; row < rows; ++row) {
-          const char* s = at<S>(source, u, int64_t(from[p]) * rows + row, sources);
-          char* d = at<S>(stored, u, int64_t(p) * rows + row, places);
+  // Offset of a unit's factors at a position: they are the same at all positions, or each has its own.
+  static int64_t factors(int unit, int scale_positions, int position) {
+    return (int64_t(unit) * scale_positions + (scale_positions == 1 ? 0 : position)) * kUnitFloats;
+  }
+
+  static void map_forward(const MapArgs& args) {
+    const MapArgs a = args;
+    const int64_t sources = int64_t(a.source_positions) * a.rows, places = int64_t(a.positions) * a.rows;
+    for (int u = a.unit_begin; u < a.unit_end; ++u)
+      for (int p = 0; p < a.positions; ++p) {
+        const int64_t affine = factors(u, a.scale_positions, p);
+        for (int row = 0; row < a.rows; ++row) {
+          const char* s = at<S>(a.source, u, int64_t(a.from[p]) * a.rows + row, sources);
+          char* d = at<S>(a.stored, u, int64_t(p) * a.rows + row, places);
           for (int c = 0; c < kUnitFloats; c += kLanes) {
             const typename V::T x =
-                V::fma(S::load(s + c * kBytes), V::load(scale + affine + c), V::load(shift + affine + c));
-            S::store(d + c * kBytes, activated<V>(x, activation, slope));
+                V::fma(S::load(s + c * kBytes), V::load(a.scale + affine + c), V::load(a.shift + affine + c));
+            S::store(d + c * kBytes, activated<V>(x, a.activation, a.slope));
           }
         }
       }
   }
 
-  static void map_backward(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
-                           int rows, const int* to_begin, const int* to, const float* scale, int scale_positions,
-                           int u0, int u1, Activation activation, float slope) {
-    const int64_t sources = int64_t(source_positions) * rows, places = int64_t(positions) * rows;
-    for (int u = u0; u < u1; ++u)
-      for (int i = 0; i < source_positions; ++i)
-        for (int row = 0; row < rows; ++row)
+  static void map_backward(const MapGradientArgs& args) {
+    const MapGradientArgs a = args;
+    const PassedGradient& g = a.passed;
+    const int64_t sources = int64_t(g.source_positions) * g.rows, places = int64_t(g.positions) * g.rows;
+    for (int u = a.unit_begin; u < a.unit_end; ++u)
+      for (int i = 0; i < g.source_positions; ++i)
+        for (int row = 0; row < g.rows; ++row)
           for (int c = 0; c < kUnitFloats; c += kLanes) {
             typename V::T sum = V::zero();
-            for (int t = to_begin[i]; t < to_begin[i + 1]; ++t) {
-              const int o = to[t];
-              const int64_t affine = (int64_t(u) * scale_positions + (scale_positions == 1 ? 0 : o)) * kUnitFloats;
-              const char* d = at<S>(delta, u, int64_t(o) * rows + row, places);
-              sum = V::fma(S::load(d + c * kBytes), V::load(scale + affine + c), sum);
+            for (int t = a.to_begin[i]; t < a.to_begin[i + 1]; ++t) {
+              const int o = a.to[t];
+              const char* d = at<S>(g.delta, u, int64_t(o) * g.rows + row, places);
+              sum = V::fma(S::load(d + c * kBytes), V::load(a.scale + factors(u, a.scale_positions, o) + c), sum);
             }
-            const int64_t place = int64_t(i) * rows + row;
-            if (raw) {
-              V::store(reinterpret_cast<float*>(stored_or_raw) + (u * sources + place) * kUnitFloats + c, sum);
+            const int64_t place = int64_t(i) * g.rows + row;
+            if (g.epilogue == Epilogue::kRaw) {
+              V::store(reinterpret_cast<float*>(g.destination) + (u * sources + place) * kUnitFloats + c, sum);
             } else {
-              char* h = at<S>(stored_or_raw, u, place, sources) + c * kBytes;
-              S::store(h, times_derivative<V>(sum, S::load(h), activation, slope));
+              char* h = at<S>(g.destination, u, place, sources) + c * kBytes;
+              S::store(h, times_derivative<V>(sum, S::load(h), g.activation, g.slope));
             }
           }
   }
 
-  // One channel of one place. Reorders are rare (a latent viewed as a feature map), so element by element.
+  // Offset of one channel of one place. Reorders are rare (a latent viewed as a feature map), so they go element by
+  // element.
   static int64_t element(int64_t e, int positions, int row, int rows) {
     const int64_t channel = e / positions, place = (e % positions) * rows + row;
     return ((channel / S::kChannels) * (int64_t(positions) * rows) + place) * kUnitBytes +
            (channel % S::kChannels) * kBytes;
   }
-  static void reorder_forward(const char* source, int source_positions, char* stored, int positions, int rows,
-                              int64_t e0, int64_t e1) {
-    for (int64_t e = e0; e < e1; ++e)
-      for (int row = 0; row < rows; ++row)
-        S::put(stored + element(e, positions, row, rows), S::get(source + element(e, source_positions, row, rows)));
+  static void reorder_forward(const ReorderArgs& a) {
+    for (int64_t e = a.begin; e < a.end; ++e)
+      for (int row = 0; row < a.rows; ++row)
+        S::put(a.stored + element(e, a.positions, row, a.rows),
+               S::get(a.source + element(e, a.source_positions, row, a.rows)));
   }
-  static void reorder_backward(const char* delta, int positions, char* stored_or_raw, bool raw, int source_positions,
-                               int rows, int64_t e0, int64_t e1, Activation activation, float slope) {
-    for (int64_t e = e0; e < e1; ++e)
-      for (int row = 0; row < rows; ++row) {
-        const float g = S::get(delta + element(e, positions, row, rows));
-        if (raw) {
-          const int64_t channel = e / source_positions, place = (e % source_positions) * rows + row;
-          reinterpret_cast<float*>(
-              stored_or_raw)[((channel / kUnitFloats) * (int64_t(source_positions) * rows) + place) * kUnitFloats +
-                             channel % kUnitFloats] = g;
+  static void reorder_backward(const ReorderGradientArgs& a) {
+    const PassedGradient& g = a.passed;
+    for (int64_t e = a.begin; e < a.end; ++e)
+      for (int row = 0; row < g.rows; ++row) {
+        const float value = S::get(g.delta + element(e, g.positions, row, g.rows));
+        if (g.epilogue == Epilogue::kRaw) {
+          const int64_t channel = e / g.source_positions, place = (e % g.source_positions) * g.rows + row;
+          const int64_t unit = channel / kUnitFloats * (int64_t(g.source_positions) * g.rows) + place;
+          reinterpret_cast<float*>(g.destination)[unit * kUnitFloats + channel % kUnitFloats] = value;
           continue;
         }
-        char* h = stored_or_raw + element(e, source_positions, row, rows);
+        char* h = g.destination + element(e, g.source_positions, row, g.rows);
         // By the same function as everywhere: a compiler may fuse the products of one written out here.
         float lanes[V::kLanes];
-        V::store(lanes, times_derivative<V>(V::all(g), V::all(S::get(h)), activation, slope));
+        V::store(lanes, times_derivative<V>(V::all(value), V::all(S::get(h)), g.activation, g.slope));
         S::put(h, lanes[0]);
       }
   }
@@ -316,16 +319,16 @@ struct Image {
     return float(sum / pixels);
   }
 
-  static void update(float* latent, float* velocity, const float* gradient_units, int k, int rows, int u0, int u1,
-                     float rate, float momentum) {
-    for (int u = u0; u < u1; ++u)
-      for (int row = 0; row < rows; ++row) {
-        const float* g = gradient_units + (int64_t(u) * rows + row) * kUnitFloats;
-        const int64_t start = int64_t(row) * k + u * kUnitFloats;
-        const int count = k - u * kUnitFloats < kUnitFloats ? k - u * kUnitFloats : kUnitFloats;
+  static void update(const UpdateArgs& args) {
+    const UpdateArgs a = args;
+    for (int u = a.unit_begin; u < a.unit_end; ++u)
+      for (int row = 0; row < a.rows; ++row) {
+        const float* g = a.gradient + (int64_t(u) * a.rows + row) * kUnitFloats;
+        const int64_t start = int64_t(row) * a.k + u * kUnitFloats;
+        const int count = a.k - u * kUnitFloats < kUnitFloats ? a.k - u * kUnitFloats : kUnitFloats;
         for (int c = 0; c < count; ++c) {
-          velocity[start + c] = momentum * velocity[start + c] + g[c];
-          latent[start + c] -= rate * velocity[start + c];
+          a.velocity[start + c] = a.momentum * a.velocity[start + c] + g[c];
+          a.latent[start + c] -= a.rate * a.velocity[start + c];
         }
       }
   }

@@ -251,21 +251,22 @@ void latent_kernel(const LatentArgs& g) {
 // those of two positions, of half as many rows each.
 template <class S, int kRows1, int kRows2, int kRows4, bool kTwins>
 struct Tiles {
-  template <int kGroup, int NR, int M, int kPositions>
-  static void rows(GemmKernel (&kernels)[kEpilogues][kGroups][kMaxTileRows + 1]) {
+  template <TileWidth kWidth, int M, int kPositions>
+  static void rows(GemmKernel (&kernels)[kEpilogues][kTileWidths][kMaxTileRows + 1]) {
     if constexpr (M > 0) {
-      kernels[0][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kRaw, kPositions>;
-      kernels[1][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kActivate, kPositions>;
-      kernels[2][kGroup][M] = gemm_kernel<S, M, NR, Epilogue::kGradient, kPositions>;
-      rows<kGroup, NR, M - 1, kPositions>(kernels);
+      constexpr int NR = vectors_of(kWidth);
+      kernels[int(Epilogue::kRaw)][kWidth][M] = gemm_kernel<S, M, NR, Epilogue::kRaw, kPositions>;
+      kernels[int(Epilogue::kActivate)][kWidth][M] = gemm_kernel<S, M, NR, Epilogue::kActivate, kPositions>;
+      kernels[int(Epilogue::kGradient)][kWidth][M] = gemm_kernel<S, M, NR, Epilogue::kGradient, kPositions>;
+      rows<kWidth, M - 1, kPositions>(kernels);
     }
   }
   template <int Y, int X>
   static void rectangles(KernelTable& table) {
     if constexpr (X > 0) {
       if constexpr (Y * X <= kRows1) {
-        table.tap[0][Y][X] = tap_kernel<S, Y, X, 1>;
-        table.tap[1][Y][X] = tap_kernel<S, Y, X, 2>;
+        table.tap[kOneVector][Y][X] = tap_kernel<S, Y, X, 1>;
+        table.tap[kOnePanel][Y][X] = tap_kernel<S, Y, X, 2>;
       }
       rectangles<Y, X - 1>(table);
     }
@@ -273,8 +274,8 @@ struct Tiles {
   template <int M>
   static void latents(KernelTable& table) {
     if constexpr (M > 0) {
-      table.latent[0][M] = latent_kernel<S, M, 1, 2 * kRows1>;
-      table.latent[1][M] = latent_kernel<S, M, 2, 2 * kRows1>;
+      table.latent[kOneVector][M] = latent_kernel<S, M, 1, 2 * kRows1>;
+      table.latent[kOnePanel][M] = latent_kernel<S, M, 2, 2 * kRows1>;
       latents<M - 1>(table);
     }
   }
@@ -282,24 +283,24 @@ struct Tiles {
     table.lanes = S::V::kLanes;
     table.ahead_bytes = S::V::kAheadChoice ? second_level_cache_bytes() / 2 : 0;
     table.unit_channels = S::kChannels;
-    table.max_rows[0] = table.max_rows[1] = kRows1;
-    table.max_rows[2] = kRows2;
-    table.max_rows[3] = kRows4;
+    table.max_rows[kOneVector] = table.max_rows[kOnePanel] = kRows1;
+    table.max_rows[kTwoPanels] = kRows2;
+    table.max_rows[kFourPanels] = kRows4;
     table.step_multiple = 1;
     table.tails = true;
     table.twins = kTwins;
     table.tile_registers = false;
     table.max_segments = kMaxTileSegments;
     table.max_segment = table.max_positions = kRows1;
-    rows<0, 1, kRows1, 1>(table.gemm);
-    rows<1, 2, kRows1, 1>(table.gemm);
-    rows<2, 4, kRows2, 1>(table.gemm);
-    rows<3, 8, kRows4, 1>(table.gemm);
+    rows<kOneVector, kRows1, 1>(table.gemm);
+    rows<kOnePanel, kRows1, 1>(table.gemm);
+    rows<kTwoPanels, kRows2, 1>(table.gemm);
+    rows<kFourPanels, kRows4, 1>(table.gemm);
     if constexpr (kTwins) {
-      rows<0, 1, kRows1 / 2, 2>(table.gemm_twins);
-      rows<1, 2, kRows1 / 2, 2>(table.gemm_twins);
-      rows<2, 4, kRows2 / 2, 2>(table.gemm_twins);
-      rows<3, 8, kRows4 / 2, 2>(table.gemm_twins);
+      rows<kOneVector, kRows1 / 2, 2>(table.gemm_twins);
+      rows<kOnePanel, kRows1 / 2, 2>(table.gemm_twins);
+      rows<kTwoPanels, kRows2 / 2, 2>(table.gemm_twins);
+      rows<kFourPanels, kRows4 / 2, 2>(table.gemm_twins);
     }
     table.max_latent_rows = kRows1 / 2;  // more would be too short of steps, and of the first-level cache
     latents<kRows1 / 2>(table);

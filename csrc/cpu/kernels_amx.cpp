@@ -185,7 +185,7 @@ void gemm(const GemmArgs& g) {
     gemm_halves<E, 2>(g, first, g.rows - first, g.taps, g.source + first * kUnitBytes,
                       g.destination + first * kUnitBytes);
   } else {
-    // configured as for twins, which a place without one stands between
+    // Configured as for twins, since a position without one comes between positions that have one.
     gemm_halves<E, 1>(g, g.rows, g.rows, nullptr, nullptr, nullptr);
   }
 }
@@ -232,13 +232,12 @@ double multiply_adds(int64_t rounds) {
 KernelTable bfloat16;
 
 InstructionSet make() {
-  bfloat16.name = "amx";
   Elementwise<Storage>::fill(bfloat16);
   bfloat16.multiply_adds = multiply_adds;
   bfloat16.release = release;
   bfloat16.lanes = Vector::kLanes;
   bfloat16.unit_channels = Storage::kChannels;
-  bfloat16.max_rows[0] = bfloat16.max_rows[1] = 2 * kTileRows;
+  bfloat16.max_rows[kOneVector] = bfloat16.max_rows[kOnePanel] = 2 * kTileRows;
   bfloat16.step_multiple = kUnitFloats;
   bfloat16.tails = false;
   bfloat16.twins = bfloat16.tile_registers = true;
@@ -246,18 +245,18 @@ InstructionSet make() {
   bfloat16.max_segment = kTileRows;
   bfloat16.max_positions = 2 * kTileRows;
   for (int rows = 1; rows <= 2 * kTileRows; ++rows) {
-    bfloat16.gemm[int(Epilogue::kRaw)][1][rows] = gemm<Epilogue::kRaw>;
-    bfloat16.gemm[int(Epilogue::kActivate)][1][rows] = gemm<Epilogue::kActivate>;
-    bfloat16.gemm[int(Epilogue::kGradient)][1][rows] = gemm<Epilogue::kGradient>;
+    bfloat16.gemm[int(Epilogue::kRaw)][kOnePanel][rows] = gemm<Epilogue::kRaw>;
+    bfloat16.gemm[int(Epilogue::kActivate)][kOnePanel][rows] = gemm<Epilogue::kActivate>;
+    bfloat16.gemm[int(Epilogue::kGradient)][kOnePanel][rows] = gemm<Epilogue::kGradient>;
   }
   for (int rows = 1; rows <= kTileRows; ++rows) {
-    bfloat16.gemm_twins[int(Epilogue::kRaw)][1][rows] = gemm_twins<Epilogue::kRaw>;
-    bfloat16.gemm_twins[int(Epilogue::kActivate)][1][rows] = gemm_twins<Epilogue::kActivate>;
-    bfloat16.gemm_twins[int(Epilogue::kGradient)][1][rows] = gemm_twins<Epilogue::kGradient>;
+    bfloat16.gemm_twins[int(Epilogue::kRaw)][kOnePanel][rows] = gemm_twins<Epilogue::kRaw>;
+    bfloat16.gemm_twins[int(Epilogue::kActivate)][kOnePanel][rows] = gemm_twins<Epilogue::kActivate>;
+    bfloat16.gemm_twins[int(Epilogue::kGradient)][kOnePanel][rows] = gemm_twins<Epilogue::kGradient>;
   }
   for (int positions = 1; positions <= kTileRows; ++positions) {
-    bfloat16.tap[1][1][positions] = tap<1>;
-    bfloat16.tap[1][2][positions] = tap<2>;
+    bfloat16.tap[kOnePanel][1][positions] = tap<1>;
+    bfloat16.tap[kOnePanel][2][positions] = tap<2>;
   }
   const InstructionSet& wide = avx512_kernels();
   return {"amx", wide.float32, &bfloat16, wide.image};

@@ -81,7 +81,6 @@ KernelTable float32, bfloat16;
 ImageKernels image;
 
 InstructionSet make() {
-  float32.name = bfloat16.name = "avx2";
   // 16 registers: 6 x 2 accumulators, two weights, one broadcast.
   Tiles<Float32<Vector>, 6, 2, 1, false>::fill(float32);
   Elementwise<Float32<Vector>>::fill(float32);

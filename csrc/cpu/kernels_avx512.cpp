@@ -30,7 +30,6 @@ KernelTable float32;
 ImageKernels image;
 
 InstructionSet make() {
-  float32.name = "avx512";
   // 32 registers: 14 x 2 accumulators, two weights, one broadcast.
   Tiles<Float32<Vector>, 14, 6, 2, true>::fill(float32);
   Elementwise<Float32<Vector>>::fill(float32);

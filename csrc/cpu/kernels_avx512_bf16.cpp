@@ -30,7 +30,6 @@ using Vector = Vector512Bf16;
 KernelTable bfloat16;
 
 InstructionSet make() {
-  bfloat16.name = "avx512_bf16";
   Tiles<Bfloat16<Vector>, 14, 6, 2, true>::fill(bfloat16);
   Elementwise<Bfloat16<Vector>>::fill(bfloat16);
   const InstructionSet& wide = avx512_kernels();

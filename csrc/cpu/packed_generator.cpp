@@ -1,9 +1,5 @@
 #include "packed_generator.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,20 +9,6 @@
 #include "../geometry.h"
 
 namespace defgan::cpu {
-
-Buffer::Buffer(size_t bytes) : size_(bytes) {
-  // Large buffers (weights above all, streamed once a step) ask for huge pages: with small ones every page of the
-  // stream would miss the TLB.
-  constexpr size_t kHugePage = size_t(2) << 20;
-  const size_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64;
-  const size_t rounded = (std::max<size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
-  data_.reset(static_cast<char*>(std::aligned_alloc(alignment, rounded)));
-  if (!data_) throw std::bad_alloc();
-#if defined(__linux__)
-  if (alignment == kHugePage) madvise(data_.get(), rounded, MADV_HUGEPAGE);  // a wish: failing changes nothing
-#endif
-  std::memset(data_.get(), 0, std::min(rounded, (bytes + 63) / 64 * 64));
-}
 
 namespace {
 

@@ -2,33 +2,15 @@
 // does not depend on images or latents. Immutable once built; shared by threads and kept in a cache.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "instruction_sets.h"
 
 namespace defgan::cpu {
 
 enum class Precision { kFloat32, kBfloat16 };
-
-// 64-byte aligned, zeroed.
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(size_t bytes);
-  char* data() const { return data_.get(); }
-  float* floats() const { return reinterpret_cast<float*>(data_.get()); }
-  size_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> data_;
-  size_t size_ = 0;
-};
 
 // A run of links in one dimension with equal steps: one tap over neighbouring positions.
 struct Run {
@@ -74,7 +56,9 @@ struct Gemm {
 
   // Whether the gradient of its one source position, the latent, is taken from these weights: where a panel has enough
   // taps for its products to outweigh the sums over lanes in the end (a fully connected network's has one).
-  bool gives_latent_gradient() const { return source_positions == 1 && taps.size() >= 8 && table->latent[1][1]; }
+  bool gives_latent_gradient() const {
+    return source_positions == 1 && taps.size() >= 8 && table->latent[kOnePanel][1];
+  }
   bool has_tap_schedule() const { return !horizontal.empty(); }
   const char* panel(int index) const { return weights.data() + index * panel_stride; }
 };
@@ -115,6 +99,8 @@ struct PackedGenerator {
   int pixels() const { return int(plan.image.elements()); }
   int pixel_stride() const { return (pixels() + 15) / 16 * 16; }
   const PackedGenerator& float32() const { return exact ? *exact : *this; }
+  // The kernels of all layers but the last, which is float32.
+  const KernelTable* table() const { return precision == Precision::kBfloat16 ? set->bfloat16 : set->float32; }
   size_t bytes() const;
 };
 

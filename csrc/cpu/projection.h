@@ -2,18 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "../descent.h"
 #include "packed_generator.h"
+#include "stopwatch.h"
 
 namespace defgan::cpu {
-
-// Where a projection's time goes: seconds summed over its threads. A layer's time is its products with what is
-// fused into them; `waiting` is the time in barriers. Measured only where ProjectArgs names one.
-struct Profile {
-  std::vector<double> forward, backward;  // by layer
-  double image = 0, latent = 0, waiting = 0;
-};
 
 struct ProjectArgs {
   const float* images;   // [B, pixels]
@@ -21,9 +15,7 @@ struct ProjectArgs {
   bool start_per_image;  // which of the two
   int64_t images_count;  // B
   int restarts;          // R
-  const float* rates;    // learning rate of each step, [steps]
-  int steps;             // L
-  float momentum;
+  Descent descent;
   int threads;       // at most
   int64_t max_rows;  // rows in flight at most; 0: as many as keep working memory under 200 MB
   float* latents;    // out: [B, R, k]

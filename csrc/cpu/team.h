@@ -1,8 +1,9 @@
-// Threads of one call: those of a pool that the process has anyway, where one was named (torch's), else started for the
-// call and joined before it returns, which takes microseconds of a projection's milliseconds.
+// Threads of one call: those of a pool that the process has anyway, where one was named (torch's), else threads that are
+// started for the call and joined before it returns, which takes microseconds of a projection's milliseconds.
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <functional>
 #include <thread>
 
@@ -21,7 +22,11 @@ class Barrier {
   std::atomic<unsigned> round_{0};
 };
 
-// One thread's place in its team: it takes the id-th of `size` shares of every layer.
+struct Range {
+  int64_t begin, end;
+};
+
+// One thread of a team. Of every layer's work it takes the id-th of `size` shares.
 struct Member {
   int id = 0, size = 1;
   Barrier* barrier = nullptr;
@@ -29,11 +34,10 @@ struct Member {
     if (size > 1) barrier->wait();
   }
   // The id-th share of [0, total), in multiples of `grain` but for the last.
-  void share(int64_t total, int64_t* begin, int64_t* end, int64_t grain = 1) const {
+  Range share(int64_t total, int64_t grain = 1) const {
     const int64_t grains = (total + grain - 1) / grain;
     const auto cut = [&](int64_t i) { return grains * i / size * grain < total ? grains * i / size * grain : total; };
-    *begin = cut(id);
-    *end = cut(id + 1);
+    return {cut(id), cut(id + 1)};
   }
 };
 

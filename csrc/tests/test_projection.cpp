@@ -2,19 +2,32 @@
 // written from the index rules alone; the same bits for any batch, chunk and number of threads. Made to run under
 // the address, undefined-behaviour and thread sanitizers.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "../cpu/division.h"
 #include "../cpu/projection.h"
 #include "../cpu/team.h"
+#include "../cpu/workspace.h"
 #include "check.h"
 
 using namespace defgan;
 using namespace defgan::cpu;
+
+// The kernels' buffers come from here, and are counted.
+static std::atomic<int64_t> allocated_bytes{0};
+extern "C" void* aligned_alloc(size_t alignment, size_t size) noexcept {
+  void* data = nullptr;
+  if (posix_memalign(&data, alignment, size) != 0) return nullptr;
+  allocated_bytes += int64_t(size);
+  return data;
+}
 
 namespace {
 
@@ -268,9 +281,9 @@ Result run(const PackedGenerator& g, const std::vector<float>& images, const std
   args.start_per_image = false;
   args.images_count = count;
   args.restarts = restarts;
-  args.rates = rates.data();
-  args.steps = int(rates.size());
-  args.momentum = 0.7f;
+  args.descent.rates = rates.data();
+  args.descent.steps = int(rates.size());
+  args.descent.momentum = 0.7f;
   args.threads = threads;
   args.max_rows = max_rows;
   args.latents = r.latents.data();
@@ -408,6 +421,49 @@ void threads_of_a_pool() {
   CHECK(project_on(3) == expected && pool_asked == 3, "a pool was asked after it was taken away");
 }
 
+// One row of it takes 3 MB.
+Network network_of_large_images() {
+  Network n;
+  Layer first, last;
+  first.kind = Kind::kLinear;
+  first.in = {8, 1, 1};
+  first.out = last.in = {32, 64, 64};
+  first.weight = add(n, first.in.elements() * first.out.elements(), 0.5);
+  first.activation = Activation::kTanh;
+  last.kind = Kind::kConv;
+  last.kernel = {3, 3};
+  last.pad = {1, 1};
+  last.out = {3, 64, 64};
+  last.weight = add(n, 3 * 3 * 32 * 3, 0.5);
+  n.plan.layers = {first, last};
+  n.plan.image = last.out;
+  return n;
+}
+
+// The bound of a workspace is what it allocates, and a division keeps the workspaces of all teams below 200 MB.
+void workspace_is_bounded() {
+  for (int trial = 0; trial < 20; ++trial) {
+    rng.seed(unsigned(trial) + 7);
+    const Network n = trial == 0 ? network_of_large_images() : random_network();
+    for (const Precision precision : {Precision::kFloat32, Precision::kBfloat16}) {
+      const auto packed = pack(n.plan, n.parameters(), active_instruction_set(), precision);
+      for (const int rows : {1, 2, 7, 30}) {
+        const int64_t before = allocated_bytes;
+        const Workspace workspace(*packed, rows);
+        const int64_t taken = allocated_bytes - before, bound = workspace_bytes(*packed, rows);
+        CHECK(taken == bound, "trial %d, %d rows: %lld bytes were allocated, %lld bounded", trial, rows,
+              (long long)(taken), (long long)(bound));
+      }
+      for (const int threads : {1, 2, 7, 24, 64}) {
+        const Division division = divide(*packed, 4000, threads, 0);
+        const int64_t all = division.teams * workspace_bytes(*packed, division.group_rows);
+        CHECK(all <= 200 << 20 || division.group_rows == 1, "trial %d, %d threads: %d teams of %d rows take %lld bytes",
+              trial, threads, division.teams, division.group_rows, (long long)(all));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -435,5 +491,6 @@ int main(int argc, char** argv) {
   }
   flush_denormals();
   threads_of_a_pool();
+  workspace_is_bounded();
   return report("test_projection");
 }
