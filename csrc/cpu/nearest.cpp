@@ -101,15 +101,14 @@ class Search {
     Barrier barrier(threads_);
     run_threads(threads_, [&](int thread) {
       const Member member{thread, threads_, &barrier};
-      int64_t begin, end;
-      member.share(count_, &begin, &end);
-      for (int64_t i = begin; i < end; ++i)
+      const Range mine = member.share(count_);
+      for (int64_t i = mine.begin; i < mine.end; ++i)
         factors_[size_t(i)] = pack_image(candidates_, args_.images + (first_ + i) * candidates_.pixels,
                                          words_.data() + i * candidates_.pairs());
       member.meet();
       compare(member);
       member.meet();
-      for (int64_t i = begin; i < end; ++i) join(i);
+      for (int64_t i = mine.begin; i < mine.end; ++i) join(i);
     });
   }
 
@@ -120,9 +119,8 @@ class Search {
     const int64_t groups = (candidates_.count + kCandidateGroup - 1) / kCandidateGroup;
     const CandidateKernel kernel = active_candidate_kernel();
     std::vector<int64_t> products(size_t(count_ * kCandidateGroup));
-    int64_t begin, end;
-    member.share(groups, &begin, &end);
-    for (int64_t group = begin; group < end; ++group) {
+    const Range mine = member.share(groups);
+    for (int64_t group = mine.begin; group < mine.end; ++group) {
       kernel({words_.data(), count_, candidates_.levels.data() + group * candidates_.pairs() * kCandidateGroup * 2,
               candidates_.pairs(), products.data()});
       for (int64_t i = 0; i < count_; ++i)
@@ -192,9 +190,8 @@ std::shared_ptr<const Candidates> decode_candidates(const Plan& plan, const Pack
       decode(generator, latents + first * k, piece, threads, 0, images.data());
       const Lease lease(threads);
       run_threads(lease.threads(), [&](int thread) {
-        int64_t begin, end;
-        Member{thread, lease.threads(), nullptr}.share(piece, &begin, &end);
-        for (int64_t i = begin; i < end; ++i) use(thread, first + i, images.data() + i * made->pixels);
+        const Range mine = Member{thread, lease.threads(), nullptr}.share(piece);
+        for (int64_t i = mine.begin; i < mine.end; ++i) use(thread, first + i, images.data() + i * made->pixels);
       });
     }
   };
