@@ -8,9 +8,23 @@ settings, ``seed`` and ``progress``, and returns adversarial images; ``docs/atta
 from defgan_fast.attacks.carlini_wagner import cw
 from defgan_fast.attacks.fgsm import fgsm
 from defgan_fast.attacks.hop_skip_jump import hop_skip_jump
+from defgan_fast.attacks.latent import latent_cw, latent_lagrange
 from defgan_fast.attacks.noise import noise
 from defgan_fast.attacks.pgd import pgd
 from defgan_fast.attacks.rand_fgsm import rand_fgsm
 from defgan_fast.attacks.square import square
+from defgan_fast.attacks.substitute import black_box, train_substitute
 
-__all__ = ["cw", "fgsm", "hop_skip_jump", "noise", "pgd", "rand_fgsm", "square"]
+__all__ = [
+    "black_box",
+    "cw",
+    "fgsm",
+    "hop_skip_jump",
+    "latent_cw",
+    "latent_lagrange",
+    "noise",
+    "pgd",
+    "rand_fgsm",
+    "square",
+    "train_substitute",
+]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from defgan_fast.attacks._adam import Adam
 from defgan_fast.attacks._budget import (
     Budget,
     Meter,
@@ -23,7 +23,6 @@ from defgan_fast.attacks._record import Record
 SEARCH = {"iterations": 1000, "learning_rate": 0.01, "initial_c": 0.01, "search_steps": 9}
 """Settings that find near images: those of Carlini and Wagner with a tenth of their iterations."""
 
-BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-8
 # A pixel at the end of the range would lie at infinity behind the tanh.
 INSIDE = 1 - 1e-6
 LARGEST_C = 1e10
@@ -106,7 +105,7 @@ def cw(
     record.offer(everything, images, answer.wrong, torch.zeros_like(answer.scores), already)
     search = _Search(objective, budget, record, images, labels, confidence, learning_rate)
     search.abort_every = max(iterations // CHECKS, 1) if abort_early else 0
-    c = _Constants(len(images), initial_c, images.device)
+    c = Constants(len(images), initial_c, images.device)
     for number in range(search_steps):
         if search_steps >= 10 and number == search_steps - 1:
             c.repeat_least()
@@ -145,23 +144,21 @@ class _Search:
     def run(self, rows: Tensor, c: Tensor, iterations: int, meter: Meter, before: int) -> Tensor:
         """One search over the images of rows [M] with weights c [N]; returns which of all were broken, [N] bool."""
         found = torch.zeros(len(self.images), dtype=torch.bool, device=self.images.device)
-        zeros = torch.zeros_like(self.origin[rows])
-        state = _State(rows, zeros, zeros, zeros, torch.full_like(c[rows], torch.inf))
+        adam = Adam.begin(torch.zeros_like(self.origin[rows]))  # the change behind the tanh
+        checked = torch.full_like(c[rows], torch.inf)  # losses at the last check
         for iteration in range(iterations):
-            if len(state.rows) == 0:
+            if len(rows) == 0:
                 break
-            tanh = torch.tanh(self.origin[state.rows] + state.modifier)
-            losses, gradients = self._look(
-                state.rows, tanh, c[state.rows], found, iteration == iterations - 1
-            )
+            tanh = torch.tanh(self.origin[rows] + adam.values)
+            losses, gradients = self._look(rows, tanh, c[rows], found, iteration == iterations - 1)
             meter.at(before + (iteration + 1) * len(self.images))
             if gradients is None:
                 break
             gradients = gradients * self.half * (1 - tanh * tanh)
-            state = self._adam(state, gradients, iteration + 1)
+            adam = adam.step(gradients, iteration + 1, self.learning_rate)
             if self.abort_every and iteration % self.abort_every == 0:
-                falling = losses <= FALLING * state.checked_losses
-                state = _State(*(v[falling] for v in state._replace(checked_losses=losses)))
+                falling = losses <= FALLING * checked
+                rows, adam, checked = rows[falling], adam.keep(falling), losses[falling]
         meter.at(before + iterations * len(self.images))
         return found
 
@@ -185,25 +182,8 @@ class _Search:
         gradients = (2 / unit) * (points - images).to(tanh.dtype)
         return losses, gradients - over_pixels(weight.to(tanh.dtype), gradients) * answer.gradients
 
-    def _adam(self, state: _State, gradients: Tensor, step: int) -> _State:
-        first = BETAS[0] * state.first + (1 - BETAS[0]) * gradients
-        second = BETAS[1] * state.second + (1 - BETAS[1]) * gradients.square()
-        scale = second.sqrt() / math.sqrt(1 - BETAS[1] ** step) + ADAM_EPSILON
-        modifier = state.modifier - (self.learning_rate / (1 - BETAS[0] ** step)) * first / scale
-        return state._replace(modifier=modifier, first=first, second=second)
 
-
-class _State(NamedTuple):
-    """Adam's memory of each image, M rows."""
-
-    rows: Tensor  # [M] which images
-    modifier: Tensor  # [M, C, H, W] the change behind the tanh
-    first: Tensor  # Adam's mean of gradients
-    second: Tensor  # Adam's mean of squared gradients
-    checked_losses: Tensor  # [M] float64, at the last check
-
-
-class _Constants:
+class Constants:
     """The weight c of each image and the bisection between weights that failed and that succeeded, in float64."""
 
     def __init__(self, count: int, initial: float, device: torch.device) -> None:
