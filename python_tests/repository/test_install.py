@@ -129,6 +129,7 @@ def project(python, cwd, **variables):
 
 
 @in_checkout
+@pytest.mark.slow
 def test_source_install_without_compiler_runs_the_reference_with_one_warning(
     source, environment, no_torch, tmp_path
 ):
@@ -187,6 +188,7 @@ def test_install_beside_torch_builds_ahead_of_time(source, environment, tmp_path
 
 
 @in_checkout
+@pytest.mark.slow
 def test_install_beside_torch_without_compiler_still_installs_the_sources(source, environment, tmp_path):
     install(environment, source, CXX="/nonexistent/c++")
     variables = {"CXX": "/nonexistent/c++", "TORCH_EXTENSIONS_DIR": tmp_path / "cache"}
@@ -197,6 +199,7 @@ def test_install_beside_torch_without_compiler_still_installs_the_sources(source
 
 
 @in_checkout
+@pytest.mark.slow
 def test_wheel_holds_what_it_needs_and_nothing_built(source, no_torch, tmp_path):
     pip = [
         sys.executable,
@@ -222,6 +225,7 @@ def test_wheel_holds_what_it_needs_and_nothing_built(source, no_torch, tmp_path)
 
 
 @in_checkout
+@pytest.mark.slow
 def test_source_distribution_can_be_built_from(source, no_torch, tmp_path):
     run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], source, **no_torch)
     (archive,) = tmp_path.glob("*.tar.gz")
