@@ -12,6 +12,7 @@
 
 #include "cpu/limits.h"
 #include "cpu/projection.h"
+#include "geometry.h"
 
 using namespace defgan;
 using namespace defgan::cpu;

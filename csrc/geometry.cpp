@@ -1,7 +1,9 @@
 #include "geometry.h"
 
 #include <algorithm>
+#include <map>
 #include <tuple>
+#include <utility>
 
 namespace defgan {
 namespace {
@@ -11,12 +13,61 @@ constexpr double kMaxColumns = 1 << 20;
 
 double round_up(double value, int multiple) { return double((int64_t(value) + multiple - 1) / multiple * multiple); }
 
+// The links of one dimension; pick takes that dimension of a height and a width.
+template <class Pick>
+Links links_along(const Layer& layer, const Pick& pick) {
+  const int in = pick(layer.in.h, layer.in.w), out = pick(layer.out.h, layer.out.w);
+  const int kernel = pick(layer.kernel.h, layer.kernel.w), stride = pick(layer.stride.h, layer.stride.w);
+  const int pad = pick(layer.pad.h, layer.pad.w), up = pick(layer.upsample.h, layer.upsample.w);
+  Links result;
+  if (layer.kind == Kind::kLinear) {
+    for (int i = 0; i < in; ++i)
+      for (int o = 0; o < out; ++o) {
+        result.links.push_back({i, o, int(result.sets.size())});
+        result.sets.push_back({i * out + o});
+      }
+    return result;
+  }
+  // All kernel elements that join one pair of positions are applied as one matrix, the sum of theirs.
+  std::map<std::pair<int, int>, std::vector<int>> joining;
+  if (layer.kind == Kind::kConvTranspose) {
+    for (int i = 0; i < in; ++i)
+      for (int k = 0; k < kernel; ++k) {
+        const int o = stride * i + k - pad;
+        if (o >= 0 && o < out) joining[{i, o}].push_back(k);
+      }
+  } else {
+    for (int o = 0; o < out; ++o)
+      for (int k = 0; k < kernel; ++k) {
+        const int u = stride * o + k - pad;
+        if (u >= 0 && u < in * up) joining[{u / up, o}].push_back(k);
+      }
+  }
+  std::map<std::vector<int>, int> ids;
+  for (const auto& entry : joining) ids.emplace(entry.second, 0);
+  for (auto& id : ids) {
+    id.second = int(result.sets.size());
+    result.sets.push_back(id.first);
+  }
+  for (const auto& entry : joining) result.links.push_back({entry.first.first, entry.first.second, ids[entry.second]});
+  std::stable_sort(result.links.begin(), result.links.end(),
+                   [](const Link& a, const Link& b) { return a.set < b.set; });
+  return result;
+}
+
+// Whether an input position gives the same matrix's product to several outputs (upsampling wider than the kernel).
+bool shares_products(const Links& links) {
+  for (size_t i = 1; i < links.links.size(); ++i)
+    if (links.links[i].set == links.links[i - 1].set && links.links[i].in == links.links[i - 1].in) return true;
+  return false;
+}
+
 bool columns_are_cheaper(const Layer& layer, const LayerLinks& links, int channel_multiple) {
   if (layer.kind == Kind::kLinear || shares_products(links.vertical) || shares_products(links.horizontal)) return false;
   const double columns = double(links.matrices()) * layer.out.c;
   if (columns > kMaxColumns) return false;
   return layer.in.positions() * round_up(columns, channel_multiple) <
-         links.pairs() * round_up(layer.out.c, channel_multiple);
+         double(links.pairs()) * round_up(layer.out.c, channel_multiple);
 }
 
 // Turns the counts of destinations 0, 1, ..., each one place further on, into where their lists begin.
@@ -26,7 +77,19 @@ void sum_up(std::vector<int>& counts) {
 
 }  // namespace
 
-LayerLinks links_of(const Layer& layer) { return {links_of(layer, true), links_of(layer, false)}; }
+LayerLinks links_of(const Layer& layer) {
+  return {links_along(layer, [](int h, int) { return h; }), links_along(layer, [](int, int w) { return w; })};
+}
+
+int64_t multiply_adds(const Layer& layer) {
+  return layer.has_matrix() ? links_of(layer).pairs() * layer.in.c * layer.out.c : 0;
+}
+
+int64_t multiply_adds(const Plan& plan) {
+  int64_t total = 0;
+  for (const Layer& layer : plan.layers) total += multiply_adds(layer);
+  return total;
+}
 
 Lists<Tap> taps_of(const Layer& layer, const LayerLinks& links, Direction direction, const TapOrder& order) {
   const bool backward = direction == Direction::kBackward;
@@ -135,7 +198,7 @@ ParameterAddresses::ParameterAddresses(const Layer& layer, const std::vector<int
     step_in = kernel_elements;
     step_out = in_.c * kernel_elements;
   }
-  norm_per_element = layer.norm.present() && positions_ > 1 && elements[size_t(layer.norm.mean)] == out_.elements();
+  norm_per_element = norm_is_per_element(layer, elements);
   bias_per_position = positions_ > 1 && ((linear_ && layer.bias >= 0) || norm_per_element);
 }
 

@@ -3,7 +3,7 @@
 //
 // Words. A position is a pixel of a feature map, y * width + x. A tap is one product that a destination position sums:
 // which source position, by which matrix. A layer's matrices are numbered by its pairs of (vertical, horizontal) sets of
-// kernel elements (plan.h, Links). A phase is every n-th position in both dimensions, beginning at one offset: positions
+// kernel elements (Links). A phase is every n-th position in both dimensions, beginning at one offset: positions
 // of one phase share their matrices but at borders. A column is one (output channel, matrix) pair of a last layer that is
 // computed as one product with all of them at once.
 #pragma once
@@ -17,17 +17,35 @@ namespace defgan {
 
 enum class Direction { kForward, kBackward };
 
+// One dimension of a layer's links: output `out` reads input `in` with the kernel elements of set `set`. A set holds one
+// kernel element, or several whose weights are summed (nearest upsampling followed by a convolution). A Linear layer has
+// a set of its own for every pair of an input and an output, numbered in * outputs + out.
+struct Link {
+  int in, out, set;
+};
+struct Links {
+  std::vector<Link> links;             // ordered by (set, in, out)
+  std::vector<std::vector<int>> sets;  // the kernel elements of each set
+};
+
 // The links of a layer that has a matrix, in both dimensions.
 struct LayerLinks {
   Links vertical, horizontal;
 
   int matrices() const { return int(vertical.sets.size() * horizontal.sets.size()); }
   int matrix(const Link& y, const Link& x) const { return y.set * int(horizontal.sets.size()) + x.set; }
-  // Pairs of an input and an output position.
-  double pairs() const { return double(vertical.links.size()) * double(horizontal.links.size()); }
+  // How many pairs of an input and an output position are linked.
+  int64_t pairs() const { return int64_t(vertical.links.size()) * int64_t(horizontal.links.size()); }
 };
 
 LayerLinks links_of(const Layer& layer);
+
+// Multiply-adds of one forward pass of one row, border taps counted exactly.
+int64_t multiply_adds(const Layer& layer);
+int64_t multiply_adds(const Plan& plan);
+
+// Useful floating-point operations of one gradient step of one row: forward and data gradient.
+inline int64_t flop_per_step(const Plan& plan) { return 4 * multiply_adds(plan); }
 
 struct Tap {
   int32_t source;  // position

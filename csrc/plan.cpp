@@ -19,6 +19,8 @@ namespace {
 // Bounds that keep every later product inside int and a hostile plan from asking for absurd memory.
 constexpr int kMaxExtent = 1 << 16;
 constexpr int64_t kMaxElements = int64_t(1) << 26;
+constexpr double kMaxWeightElements = 1e15;
+constexpr size_t kMaxLayers = 1000;
 
 int parse_int(size_t layer, const std::string& text) {
   size_t used = 0;
@@ -40,8 +42,9 @@ std::vector<int> parse_ints(size_t layer, const std::string& text, char separato
   return values;
 }
 
-// std::strtod and std::stod depend on the global locale. A stream with the classic one does not, but in a process with
-// PyTorch 2.11 for CUDA 13 reading a number from it crashed (why was not found): only where there is nothing else.
+// Reads a number as in the classic locale, whatever the process's is, on which std::strtod and std::stod depend. A stream
+// serves only where there is no std::from_chars: with PyTorch 2.11 for CUDA 13 in the process, reading a number from one
+// crashed, and why was not found.
 double parse_double(size_t layer, const std::string& text) {
   double value = 0;
 #ifdef __cpp_lib_to_chars
@@ -93,6 +96,7 @@ void check_layer(size_t n, const Layer& l) {
   between(l.pad.w, -kMaxExtent, kMaxExtent, "pad");
   const bool conv = l.kind == Kind::kConv || l.kind == Kind::kConvTranspose;
   if (conv && (l.kernel.h < 1 || l.kernel.w < 1)) fail(n, "kernel out of range");
+  if (double(l.kernel.h) * l.kernel.w * l.in.c * l.out.c > kMaxWeightElements) fail(n, "kernel out of range");
   if (l.has_matrix() != (l.weight >= 0)) fail(n, "weight given for a layer without one, or missing");
   if (!(l.slope >= 0)) fail(n, "slope must be at least 0");
   if (l.kind == Kind::kMap) {
@@ -102,6 +106,70 @@ void check_layer(size_t n, const Layer& l) {
       fail(n, "a map reads outside its input");
   }
   if (l.kind == Kind::kReorder && l.in.elements() != l.out.elements()) fail(n, "a reorder keeps the elements");
+}
+
+// What a layer reads is what the one before it gives.
+void check_input(size_t n, const Plan& plan, const Layer& layer) {
+  if (plan.layers.empty()) {
+    if (layer.in.positions() != 1) fail(n, "the latent has one position");
+    return;
+  }
+  const Shape& before = plan.layers.back().out;
+  if (before.c != layer.in.c || before.h != layer.in.h || before.w != layer.in.w)
+    fail(n, "its input is not the output of the layer before");
+}
+
+void set_attribute(size_t n, Layer& layer, const std::string& key, const std::string& value) {
+  if (key == "in") {
+    layer.in = parse_shape(n, value);
+  } else if (key == "out") {
+    layer.out = parse_shape(n, value);
+  } else if (key == "kernel") {
+    layer.kernel = parse_pair(n, value);
+  } else if (key == "stride") {
+    layer.stride = parse_pair(n, value);
+  } else if (key == "pad") {
+    layer.pad = parse_pair(n, value);
+  } else if (key == "upsample") {
+    layer.upsample = parse_pair(n, value);
+  } else if (key == "weight") {
+    layer.weight = parse_int(n, value);
+  } else if (key == "bias") {
+    layer.bias = parse_int(n, value);
+  } else if (key == "slope") {
+    layer.slope = float(parse_double(n, value));
+  } else if (key == "eps") {
+    layer.norm.eps = parse_double(n, value);
+  } else if (key == "norm") {
+    const std::vector<int> v = parse_ints(n, value, ',', 4);
+    layer.norm = {v[0], v[1], v[2], v[3], layer.norm.eps};
+  } else if (key == "activation") {
+    const auto found = kActivations.find(value);
+    if (found == kActivations.end()) fail(n, "unknown activation '" + value + "'");
+    layer.activation = found->second;
+  } else {
+    fail(n, "unknown key '" + key + "'");
+  }
+}
+
+Layer parse_layer(size_t n, const std::string& kind, std::istream& words) {
+  const auto known = kKinds.find(kind);
+  if (known == kKinds.end()) fail(n, "unknown kind '" + kind + "'");
+  Layer layer;
+  layer.kind = known->second;
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    if (equals == std::string::npos) fail(n, "expected key=value, got '" + word + "'");
+    set_attribute(n, layer, word.substr(0, equals), word.substr(equals + 1));
+  }
+  if (layer.in.c == 0 || layer.out.c == 0) fail(n, "in and out shapes are required");
+  return layer;
+}
+
+Shape parse_image(size_t n, std::istream& words) {
+  std::string word;
+  if (!(words >> word) || word.compare(0, 4, "out=") != 0) fail(n, "expected image out=CxHxW");
+  return parse_shape(n, word.substr(4));
 }
 
 }  // namespace
@@ -124,69 +192,31 @@ Plan parse_plan(const std::string& text) {
   for (std::string line; std::getline(lines, line);) {
     if (line.empty()) continue;
     const size_t n = plan.layers.size();
-    if (n >= 1000) fail(n, "more than 1000 layers");
-    Layer layer;
+    if (n >= kMaxLayers) fail(n, "more than " + std::to_string(kMaxLayers) + " layers");
+    if (plan.image.c != 0) fail(n, "the image's shape comes last");
     std::stringstream words(line);
     std::string word;
     words >> word;
-    if (plan.image.c != 0) fail(n, "the image's shape comes last");
     if (word == "image") {
-      if (!(words >> word) || word.compare(0, 4, "out=") != 0) fail(n, "expected image out=CxHxW");
-      plan.image = parse_shape(n, word.substr(4));
-      continue;
+      plan.image = parse_image(n, words);
+    } else {
+      const Layer layer = parse_layer(n, word, words);
+      check_input(n, plan, layer);
+      check_layer(n, layer);
+      plan.layers.push_back(layer);
     }
-    const auto kind = kKinds.find(word);
-    if (kind == kKinds.end()) fail(n, "unknown kind '" + word + "'");
-    layer.kind = kind->second;
-    while (words >> word) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) fail(n, "expected key=value, got '" + word + "'");
-      const std::string key = word.substr(0, equals), value = word.substr(equals + 1);
-      if (key == "in")
-        layer.in = parse_shape(n, value);
-      else if (key == "out")
-        layer.out = parse_shape(n, value);
-      else if (key == "kernel")
-        layer.kernel = parse_pair(n, value);
-      else if (key == "stride")
-        layer.stride = parse_pair(n, value);
-      else if (key == "pad")
-        layer.pad = parse_pair(n, value);
-      else if (key == "upsample")
-        layer.upsample = parse_pair(n, value);
-      else if (key == "weight")
-        layer.weight = parse_int(n, value);
-      else if (key == "bias")
-        layer.bias = parse_int(n, value);
-      else if (key == "slope")
-        layer.slope = float(parse_double(n, value));
-      else if (key == "eps")
-        layer.norm.eps = parse_double(n, value);
-      else if (key == "norm") {
-        const auto v = parse_ints(n, value, ',', 4);
-        layer.norm = {v[0], v[1], v[2], v[3], layer.norm.eps};
-      } else if (key == "activation") {
-        const auto found = kActivations.find(value);
-        if (found == kActivations.end()) fail(n, "unknown activation '" + value + "'");
-        layer.activation = found->second;
-      } else
-        fail(n, "unknown key '" + key + "'");
-    }
-    if (layer.in.c == 0 || layer.out.c == 0) fail(n, "in and out shapes are required");
-    if (n == 0 && layer.in.positions() != 1) fail(n, "the latent has one position");
-    if (n > 0) {
-      const Shape& before = plan.layers.back().out;
-      if (before.c != layer.in.c || before.h != layer.in.h || before.w != layer.in.w)
-        fail(n, "its input is not the output of the layer before");
-    }
-    check_layer(n, layer);
-    plan.layers.push_back(layer);
   }
   if (plan.layers.empty()) throw std::invalid_argument("plan: no layers");
   if (plan.image.c == 0) plan.image = plan.layers.back().out;
   if (plan.image.elements() != plan.layers.back().out.elements())
     throw std::invalid_argument("plan: the image's shape does not hold the last layer's elements");
   return plan;
+}
+
+bool norm_is_per_element(const Layer& layer, const std::vector<int64_t>& elements) {
+  const int mean = layer.norm.mean;
+  return layer.norm.present() && layer.out.positions() > 1 && mean < int(elements.size()) &&
+         elements[size_t(mean)] == layer.out.elements();
 }
 
 void check_parameters(const Plan& plan, const std::vector<int64_t>& elements) {
@@ -199,83 +229,19 @@ void check_parameters(const Plan& plan, const std::vector<int64_t>& elements) {
         fail(n, std::string(what) + " must have " + std::to_string(count) + " elements, got " +
                     std::to_string(elements[size_t(index)]));
     };
-    const int64_t taps = int64_t(l.kernel.h) * l.kernel.w;
-    expect(l.weight, l.kind == Kind::kLinear ? l.in.elements() * l.out.elements() : taps * l.in.c * l.out.c, "weight");
+    expect(l.weight, l.weight_elements(), "weight");
     expect(l.bias, l.kind == Kind::kLinear ? l.out.elements() : l.out.c, "bias");
     if (!l.norm.present()) continue;
     if (l.norm.var < 0) fail(n, "norm without variance");
-    // Per channel, or per element (BatchNorm1d over features that are laid out in space).
-    const int mean = l.norm.mean;
-    const int64_t per_element = l.out.elements(), per_channel = l.out.c;
-    const bool spatial = mean < int(elements.size()) && elements[size_t(mean)] == per_element;
-    const int64_t count = spatial ? per_element : per_channel;
-    if (spatial && per_element != per_channel && l.kind != Kind::kLinear &&
-        (l.kind != Kind::kMap || l.in.positions() != l.out.positions()))
+    const bool per_element = norm_is_per_element(l, elements);
+    if (per_element && l.kind != Kind::kLinear && (l.kind != Kind::kMap || l.in.positions() != l.out.positions()))
       fail(n, "a norm per element belongs to a linear layer or a plain affine map");
+    const int64_t count = per_element ? l.out.elements() : l.out.c;
     expect(l.norm.mean, count, "norm mean");
     expect(l.norm.var, count, "norm variance");
     expect(l.norm.weight, count, "norm weight");
     expect(l.norm.bias, count, "norm bias");
   }
-}
-
-Links links_of(const Layer& layer, bool vertical) {
-  const auto pick = [vertical](int h, int w) { return vertical ? h : w; };
-  const int in = pick(layer.in.h, layer.in.w), out = pick(layer.out.h, layer.out.w);
-  const int kernel = pick(layer.kernel.h, layer.kernel.w), stride = pick(layer.stride.h, layer.stride.w);
-  const int pad = pick(layer.pad.h, layer.pad.w), up = pick(layer.upsample.h, layer.upsample.w);
-  Links result;
-  if (layer.kind == Kind::kLinear) {
-    for (int i = 0; i < in; ++i)
-      for (int o = 0; o < out; ++o) {
-        result.links.push_back({i, o, int(result.sets.size())});
-        result.sets.push_back({i * out + o});
-      }
-    return result;
-  }
-  // All taps that join one pair of positions are applied as one matrix, the sum of theirs.
-  std::map<std::pair<int, int>, std::vector<int>> taps;
-  if (layer.kind == Kind::kConvTranspose) {
-    for (int i = 0; i < in; ++i)
-      for (int k = 0; k < kernel; ++k) {
-        const int o = stride * i + k - pad;
-        if (o >= 0 && o < out) taps[{i, o}].push_back(k);
-      }
-  } else {
-    for (int o = 0; o < out; ++o)
-      for (int k = 0; k < kernel; ++k) {
-        const int u = stride * o + k - pad;
-        if (u >= 0 && u < in * up) taps[{u / up, o}].push_back(k);
-      }
-  }
-  std::map<std::vector<int>, int> ids;
-  for (const auto& entry : taps) ids.emplace(entry.second, 0);
-  for (auto& id : ids) {
-    id.second = int(result.sets.size());
-    result.sets.push_back(id.first);
-  }
-  for (const auto& entry : taps) result.links.push_back({entry.first.first, entry.first.second, ids[entry.second]});
-  std::stable_sort(result.links.begin(), result.links.end(),
-                   [](const Link& a, const Link& b) { return a.set < b.set; });
-  return result;
-}
-
-bool shares_products(const Links& links) {
-  for (size_t i = 1; i < links.links.size(); ++i)
-    if (links.links[i].set == links.links[i - 1].set && links.links[i].in == links.links[i - 1].in) return true;
-  return false;
-}
-
-int64_t multiply_adds(const Layer& layer) {
-  if (!layer.has_matrix()) return 0;
-  return int64_t(links_of(layer, true).links.size()) * int64_t(links_of(layer, false).links.size()) * layer.in.c *
-         layer.out.c;
-}
-
-int64_t multiply_adds(const Plan& plan) {
-  int64_t total = 0;
-  for (const Layer& layer : plan.layers) total += multiply_adds(layer);
-  return total;
 }
 
 }  // namespace defgan

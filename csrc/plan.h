@@ -1,10 +1,10 @@
 // The lowered generator: what the kernels know of a network, and nothing of torch.
 //
-// A plan is a chain of layers from the latent (k channels, one position) to the image. Every layer
-// that multiplies by a matrix is described by which (input position, output position) pairs are
-// linked and by which weight matrix; borders, strides, crops and nearest upsampling are nothing but
-// links that exist or do not. The text form (one layer a line, `key=value`; a last line
-// `image out=CxHxW`) is what travels through the torch op, so that a graph that holds a projection can be printed and read.
+// A plan is a chain of layers from the latent (k channels, one position) to the image. Every layer that multiplies by a
+// matrix is described by which pairs of an input and an output position are linked, and by which weight matrix; borders,
+// strides, crops and nearest upsampling are nothing but links that exist or do not. The text form (one layer a line,
+// `key=value`; a last line `image out=CxHxW`) is what travels through the torch op, so that a graph that holds a
+// projection can be printed and read.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct Pair {
   int h = 0, w = 0;
 };
 
-// Indices into the list of parameter tensors; -1 where there is none.
+// A batch normalisation, by indices into the list of parameter tensors; an index is -1 where there is no such tensor.
 struct Norm {
   int mean = -1, var = -1, weight = -1, bias = -1;
   double eps = 0;
@@ -45,10 +45,13 @@ struct Layer {
   Shape in, out;
   Pair kernel, stride{1, 1}, pad, upsample{1, 1};
   Activation activation = Activation::kIdentity;
-  float slope = 0;  // of kLeakyRelu, at least 0 so that the stored output tells the side of the kink
+  float slope = 0;  // kLeakyRelu's, at least 0 so that the stored output tells the side of the kink
   int weight = -1, bias = -1;
   Norm norm;  // folded into weight and bias for layers with a matrix, the affine map itself for kMap
 
+  int64_t weight_elements() const {
+    return kind == Kind::kLinear ? in.elements() * out.elements() : int64_t(kernel.h) * kernel.w * in.c * out.c;
+  }
   bool has_matrix() const { return kind == Kind::kLinear || kind == Kind::kConvTranspose || kind == Kind::kConv; }
 };
 
@@ -58,33 +61,15 @@ struct Plan {
   int latent_size() const { return layers.front().in.c; }
 };
 
-// One dimension of a layer's links: output o reads input i with tap set `set`. A set holds one tap,
-// or several whose weights are summed (nearest upsampling followed by a convolution).
-struct Link {
-  int in, out, set;
-};
-struct Links {
-  std::vector<Link> links;             // ordered by (set, in, out)
-  std::vector<std::vector<int>> sets;  // the taps of each set
-};
-
 // Throws std::invalid_argument with one line that names the layer and what is wrong.
 Plan parse_plan(const std::string& text);
 
 // Checks that every parameter index exists and has the number of elements that its layer needs.
 void check_parameters(const Plan& plan, const std::vector<int64_t>& elements);
 
-Links links_of(const Layer& layer, bool vertical);
-
-// Whether an input position gives the same matrix's product to several outputs (upsampling wider than the kernel).
-bool shares_products(const Links& links);
-
-// Multiply-adds of one forward pass of one row, border taps counted exactly.
-int64_t multiply_adds(const Layer& layer);
-int64_t multiply_adds(const Plan& plan);
-
-// Useful floating-point operations of one gradient step of one row: forward and data gradient.
-inline int64_t flop_per_step(const Plan& plan) { return 4 * multiply_adds(plan); }
+// Whether the layer's norm has a number for each element of its output (BatchNorm1d over features that are laid out in
+// space), and not for each channel. elements: of every parameter tensor.
+bool norm_is_per_element(const Layer& layer, const std::vector<int64_t>& elements);
 
 const char* name_of(Kind kind);
 const char* name_of(Activation activation);

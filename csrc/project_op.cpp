@@ -19,6 +19,7 @@
 #include "cpu/limits.h"
 #include "cpu/projection.h"
 #include "cuda_options.h"
+#include "geometry.h"
 #include "project_checks.h"
 #include "project_pool.h"
 

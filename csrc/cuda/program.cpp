@@ -202,8 +202,7 @@ class Builder {
   void add_pack(Stage& s, const Layer& l, const LayerLinks& links, Direction direction, Form form) {
     const ParameterAddresses& at = addresses_of(l);
     const bool backward = direction == Direction::kBackward, columns = form == Form::kColumns;
-    if (double(l.kind == Kind::kLinear ? double(l.in.elements()) * double(l.out.elements())
-                                       : double(l.kernel.h) * l.kernel.w * l.in.c * l.out.c) > double(1 << 30))
+    if (l.weight_elements() > int64_t(1) << 30)
       throw std::invalid_argument("plan: a weight has too many elements for the CUDA kernels");
     Pack pack{};
     pack.weight = l.weight;

@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../plan.h"
+#include "../geometry.h"
 #include "check.h"
 
 using namespace defgan;
@@ -36,7 +36,7 @@ void survives_damage() {
       try {
         const Plan plan = parse_plan(damaged);
         for (const Layer& l : plan.layers)
-          if (l.in.elements() * l.out.elements() < 1000000 && l.has_matrix()) links_of(l, true);
+          if (l.in.elements() * l.out.elements() < 1000000 && l.has_matrix()) links_of(l);
       } catch (const std::invalid_argument&) {
       }
     }
@@ -67,6 +67,10 @@ int main() {
   rejects("linear in=8x1x1 out=4x1x1 weight=0\nimage out=5x1x1", "image");
   rejects("linear in=8x1x1 out=4x4x4 weight=0\nconv_transpose in=4x4x4 out=4x4x4 kernel=3x3 stride=0x1 weight=1",
           "stride");
+  rejects(
+      "linear in=8x1x1 out=65536x1x1 weight=0\n"
+      "conv_transpose in=65536x1x1 out=65536x1x1 kernel=65536x65536 weight=1",
+      "kernel out of range");
 
   try {
     check_parameters(plan, {8 * 24, 24, 6 * 3 * 6, 3, 3, 3, 3, 27, 2});
