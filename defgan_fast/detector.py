@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .projector import Projector, check_number
+from . import arguments
+from .projector import Projector
 
 
 class Detector(nn.Module):
@@ -48,7 +49,7 @@ class Detector(nn.Module):
         Returns:
             The detector itself.
         """
-        check_number("fpr", fpr, lambda v: 0 < v < 1, "in (0, 1)")
+        fpr = arguments.number("fpr", fpr, above=0, below=1)
         scores = self.score(clean_images)
         if scores.numel() == 0:
             raise ValueError("clean_images must hold at least one image, got 0")
@@ -64,16 +65,16 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
-        """The reconstruction error of each image, [B, C, H, W] -> [B] float32: higher means more suspicious."""
+        """Returns each image's reconstruction error, [B, C, H, W] -> [B] float32: higher means more suspicious."""
         return self.projector.project(images).errors.float()
 
     def predict(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B] bool, True = attack. Raises RuntimeError before `fit`."""
+        """Returns which images are attacks, [B, C, H, W] -> [B] bool; raises RuntimeError before `fit`."""
         if torch.isnan(self.threshold):
             raise RuntimeError("the detector has no threshold yet: call fit(clean_images) first")
         # Written so that a row that overflowed to NaN counts as an attack.
         return ~(self.score(images) <= self.threshold)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Same as `predict`."""
+        """Returns the same as `predict`."""
         return self.predict(images)

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from . import reference
 from .plan import Plan, interpret
+from .reference import Decoder, Descent
 
 
 @torch.library.custom_op("defgan_fast::straight_through", mutates_args=())
 def straight_through(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """The reconstruction, bit for bit, whose gradient with respect to the image is the identity.
+    """Returns the reconstruction, bit for bit, with the identity as its gradient with respect to the image.
 
     Backward pass differentiable approximation (Athalye, Carlini, Wagner, ICML 2018): G(z*) is close to x, so the
     projection's derivative is taken to be 1.
@@ -33,7 +34,7 @@ def straight_through(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 @torch.library.custom_op("defgan_fast::no_gradient", mutates_args=())
 def no_gradient(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """The reconstruction, bit for bit, whose backward raises instead of giving silent zeros."""
+    """Returns the reconstruction, bit for bit, with a backward that raises instead of giving silent zeros."""
     return reconstruction.clone()
 
 
@@ -47,7 +48,7 @@ def unrolled(
     lr_schedule: Sequence[float],
     momentum: float,
 ) -> Tensor:
-    """The reconstruction, bit for bit, whose gradient goes through the L steps of the chosen restart.
+    """Returns the reconstruction, bit for bit, with the gradient through the L steps of the chosen restart.
 
     Args:
         images: [B, C, H, W].
@@ -71,7 +72,10 @@ def unrolled_gradient(
     lr_schedule: Sequence[float],
     momentum: float,
 ) -> Tensor:
-    """Backward of `unrolled`: recomputes the descent in plain PyTorch, in float64 for float64 images, else float32."""
+    """Returns the gradient of `unrolled` with respect to the images.
+
+    The descent is recomputed in plain PyTorch, in float64 for float64 images, else in float32.
+    """
     lowered = Plan.parse(plan)
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     tensors = [p.detach().to(dtype) for p in parameters]
@@ -141,3 +145,35 @@ def _unrolled_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 straight_through.register_autograd(_straight_through_backward)
 no_gradient.register_autograd(_no_gradient_backward)
 unrolled.register_autograd(_unrolled_backward, setup_context=_unrolled_setup)
+
+
+class UnrolledDecoder(torch.autograd.Function):
+    """`unrolled` for generators without a plan: the decoder is a Python callable, which no operator can take."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        reconstruction: Tensor,
+        z0: Tensor,
+        decoder: Decoder,
+        descent: Descent,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(images, z0)
+        ctx.arguments = (decoder, descent, dtype)
+        return reconstruction.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        images, z0 = ctx.saved_tensors
+        decoder, descent, dtype = ctx.arguments
+        result = reference.unrolled_gradient(
+            decoder,
+            images.to(dtype),
+            z0.to(dtype),
+            descent.lr_schedule,
+            descent.momentum,
+            gradients[0].to(dtype),
+        )
+        return result.to(images.dtype), None, None, None, None, None

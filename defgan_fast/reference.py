@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,19 +24,34 @@ Decoder = Callable[[Tensor], Tensor]
 """Maps latents [N, k] to images [N, C, H, W]."""
 
 
+class Descent(NamedTuple):
+    """The settings of a descent that every step needs, in the order in which `project` takes them.
+
+    Attributes:
+        lr_schedule: the learning rate of each step, length L.
+        momentum: of the heavy ball.
+    """
+
+    lr_schedule: list[float]
+    momentum: float
+
+
 def learning_rates(steps: int, lr: float, lr_decay: float, decay_at: float) -> list[float]:
-    """The staircase of the released code: `lr`, from step ceil(decay_at * steps) on `lr * lr_decay`."""
+    """Returns the staircase of the released code: `lr`, from step ceil(decay_at * steps) on `lr * lr_decay`."""
     start = math.ceil(round(decay_at * steps, 9))
     return [lr if step < start else lr * lr_decay for step in range(steps)]
 
 
 def reconstruction_errors(decoder: Decoder, latents: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error of each row: latents [N, k], images [N, C, H, W] -> [N]."""
+    """Returns the mean squared error of each row: latents [N, k], images [N, C, H, W] -> [N]."""
     return (decoder(latents) - images).square().flatten(1).mean(1)
 
 
 def latent_gradient(decoder: Decoder, latents: Tensor, images: Tensor, create_graph: bool = False) -> Tensor:
-    """Gradient of each row's error with respect to its own latent, [N, k]. `latents` must require a gradient."""
+    """Returns the gradient of each row's error with respect to its own latent, [N, k].
+
+    `latents` must require a gradient.
+    """
     total = reconstruction_errors(decoder, latents, images).sum()
     (gradient,) = torch.autograd.grad(total, latents, create_graph=create_graph)
     return gradient
@@ -44,7 +60,7 @@ def latent_gradient(decoder: Decoder, latents: Tensor, images: Tensor, create_gr
 def descend(
     decoder: Decoder, images: Tensor, z0: Tensor, lr_schedule: Sequence[float], momentum: float
 ) -> list[tuple[Tensor, Tensor]]:
-    """The whole trajectory of every row.
+    """Returns the whole trajectory of every row.
 
     Args:
         decoder: the generator.
@@ -114,7 +130,7 @@ def unrolled_gradient(
     momentum: float,
     gradient: Tensor,
 ) -> Tensor:
-    """The reconstruction's gradient with respect to the image, through all L steps of one restart.
+    """Returns the reconstruction's gradient with respect to the image, through all L steps of one restart.
 
     Latents of the trajectory are kept (they are small), activations are recomputed step by step, so memory
     does not grow with L but for 2 k floats a row and step.
@@ -152,7 +168,7 @@ def unrolled_gradient(
 
 
 def best_restarts(errors: Tensor) -> Tensor:
-    """Index of the least error of each image, [B, R] -> [B]; NaN never wins, the lowest index wins ties."""
+    """Returns the index of each image's least error, [B, R] -> [B]; NaN never wins, the lowest index wins ties."""
     return torch.where(torch.isnan(errors), math.inf, errors).argmin(1)
 
 

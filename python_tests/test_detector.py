@@ -122,7 +122,7 @@ def test_predict_before_fit() -> None:
 
 @pytest.mark.parametrize("fpr", [0, 1, 0.0, 1.0, -0.1, 1.5, math.nan, math.inf])
 def test_rate_outside_its_range(fpr: float) -> None:
-    with pytest.raises(ValueError, match=r"fpr must be in \(0, 1\), got") as caught:
+    with pytest.raises(ValueError, match=r"fpr must lie in \(0, 1\), got") as caught:
         Detector(make_projector(steps=1)).fit(clean(3), fpr=fpr)
     assert "\n" not in str(caught.value)
 

@@ -220,15 +220,15 @@ def test_any_int_is_a_seed(images: Tensor, seed: int) -> None:
         ({"lr": -1.0}, ValueError, "lr must be .*, got -1"),
         ({"lr": math.nan}, ValueError, "lr must be .*, got nan"),
         ({"lr": "10"}, TypeError, "lr must be a number, got str"),
-        ({"momentum": 1.0}, ValueError, "momentum must be .*, got 1"),
-        ({"momentum": -0.1}, ValueError, r"momentum must be .*, got -0\.1"),
+        ({"momentum": 1.0}, ValueError, "momentum must lie in .*, got 1"),
+        ({"momentum": -0.1}, ValueError, r"momentum must lie in .*, got -0\.1"),
         ({"lr_decay": -1}, ValueError, "lr_decay must be .*, got -1"),
-        ({"decay_at": 1.5}, ValueError, r"decay_at must be .*, got 1\.5"),
+        ({"decay_at": 1.5}, ValueError, r"decay_at must lie in .*, got 1\.5"),
         ({"seed": 0.5}, TypeError, "seed must be an int or None, got float"),
-        ({"precision": "float64"}, ValueError, "precision must be one of .*'auto'.*'bfloat16'.*, got 'float64'"),
-        ({"gradient": "bpda"}, ValueError, "gradient must be one of .*'straight_through'.*, got 'bpda'"),
+        ({"precision": "float64"}, ValueError, "precision must be one of auto, .*bfloat16.*, got 'float64'"),
+        ({"gradient": "bpda"}, ValueError, "gradient must be one of straight_through, .*, got 'bpda'"),
         ({"gradient": None}, ValueError, "gradient must be one of .*, got None"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of .*'auto'.*'reference'.*, got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of auto, .*, reference, got 'gpu'"),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
@@ -315,3 +315,21 @@ def test_warnings_of_a_projection_are_none(images: Tensor) -> None:
         x = images.clone().requires_grad_()
         projector(x).sum().backward()
         make_projector(backend="reference", gradient="unrolled")(x).sum().backward()
+
+
+def test_numbers_of_numpy_are_numbers(images: Tensor) -> None:
+    rng = np.random.default_rng(0)
+    seed = rng.integers(9)
+    projector = Projector(
+        make_generator(),
+        steps=np.int64(5),
+        restarts=np.uint8(3),
+        lr=np.float32(8),
+        momentum=np.float64(0.7),
+        seed=seed,
+        max_rows=np.int32(4),
+    )
+    assert type(projector.steps) is type(projector.restarts) is type(projector.seed) is int
+    assert type(projector.lr) is type(projector.momentum) is float
+    assert same(projector.project(images), make_projector(seed=int(seed)).project(images))
+    assert same(projector.project(images, seed=np.int64(3)), projector.project(images, seed=3))

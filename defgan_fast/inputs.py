@@ -1,0 +1,113 @@
+"""What a projector asks of images and starting points; each error is one line that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precisions import name_of
+
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+
+
+def check_images(images: Any, expected: Sequence[int] | None, name: str, device: torch.device | None) -> None:
+    """Checks type, dtype, shape and device of images.
+
+    Args:
+        images: what came.
+        expected: (C, H, W) of the generator's images, None where that is not known yet.
+        name: of the generator's class.
+        device: the generator's, None where it has no tensors.
+
+    Raises:
+        TypeError: images are no tensor of a floating dtype.
+        ValueError: shape or device do not fit.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
+    if images.dtype not in _DTYPES:
+        raise TypeError(f"images must have dtype float32, bfloat16 or float16, got {name_of(images.dtype)}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have shape [B, C, H, W], got {list(images.shape)}")
+    if expected is not None:
+        check_shape(images, expected, name)
+    if device is not None and images.device != device:
+        raise ValueError(f"images must be on the generator's device ({device}), got {images.device}")
+
+
+def check_shape(images: Tensor, expected: Sequence[int], name: str) -> None:
+    """Checks that images have the shape that the generator of that name returns.
+
+    Raises:
+        ValueError: they have another one.
+    """
+    if tuple(images.shape[1:]) != tuple(expected):
+        sizes = ", ".join(map(str, expected))
+        raise ValueError(
+            f"images must have shape [B, {sizes}], as generator {name} returns them, got {list(images.shape)}"
+        )
+
+
+def check_z0(z0: Any, images: Tensor, latent_size: int | None) -> None:
+    """Checks type, dtype, shape and device of starting points.
+
+    Raises:
+        TypeError: they are no tensor of a floating dtype.
+        ValueError: shape or device do not fit.
+    """
+    if not isinstance(z0, Tensor):
+        raise TypeError(f"z0 must be a torch.Tensor, got {type(z0).__name__}")
+    if not z0.dtype.is_floating_point:
+        raise TypeError(f"z0 must have a floating dtype, got {name_of(z0.dtype)}")
+    if z0.device != images.device:
+        raise ValueError(f"z0 must be on the images' device ({images.device}), got {z0.device}")
+    k = "k" if latent_size is None else latent_size
+    fits = z0.dim() == 2 or (z0.dim() == 3 and z0.shape[0] == images.shape[0])
+    if not fits or z0.shape[-2] < 1 or (latent_size is not None and z0.shape[-1] != latent_size):
+        raise ValueError(
+            f"z0 must have shape [R, {k}] or [{images.shape[0]}, R, {k}] with R at least 1, got {list(z0.shape)}"
+        )
+
+
+def check_values(images: Tensor, start: Tensor, bounds: tuple[float, float] | None) -> None:
+    """Checks that images and starting points are finite, and images within 1% of the generator's range.
+
+    The kernels check the same where they run, in `csrc/project_checks.h`, so that a compiled graph checks, too.
+
+    Raises:
+        ValueError: a value does not fit.
+    """
+    if not torch.isfinite(images).all():
+        raise ValueError("images must be finite")
+    if not torch.isfinite(start).all():
+        raise ValueError("z0 must be finite")
+    if bounds is None or images.numel() == 0:
+        return
+    low, high = images.min().item(), images.max().item()
+    slack = 0.01 * (bounds[1] - bounds[0])
+    if low < bounds[0] - slack or high > bounds[1] + slack:
+        raise ValueError(
+            f"images must lie in the generator's range [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]"
+        )
+
+
+def check_output(output: Any, name: str) -> Sequence[int]:
+    """Checks what a generator returned for two latents.
+
+    Returns:
+        (C, H, W) of its images.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape than images of two latents.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(f"generator {name} must return a tensor, got {type(output).__name__}")
+    if output.dim() != 4 or output.shape[0] != 2:
+        raise ValueError(
+            f"generator {name} must return images [N, C, H, W] for N latents, got {list(output.shape)} for 2"
+        )
+    return output.shape[1:]

@@ -1,0 +1,141 @@
+"""The two ways to carry out a projection: by the kernels, from a plan, or in plain PyTorch, with the generator itself.
+
+Both answer the same three questions, so that what surrounds them is written once (`Projector.project`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import gradients, precisions, reference
+from .kernels import ops
+from .plan import Plan
+from .reference import Descent
+
+WORKING_BYTES = 200_000_000
+"""What a projection's working memory may take where nobody names `max_rows`."""
+
+
+class Path(Protocol):
+    """One way to carry out a projection."""
+
+    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
+        """Projects images [B, C, H, W] from [R, k] or [B, R, k]: returns latents [B, R, k] and errors [B, R]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Returns the images of latents, [N, k] -> [N, C, H, W]."""
+        ...
+
+    def unrolled(self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent) -> Tensor:
+        """Returns the reconstruction, tied to its image by the gradient through all steps from z0 [B, k]."""
+        ...
+
+
+class KernelPath:
+    """The compiled kernels.
+
+    Args:
+        plan: the lowered generator.
+        generator: the module whose tensors the plan names.
+        precision: one of `precisions.ALL`.
+        max_rows: rows in flight at most; None keeps working memory under 200 MB.
+        validate: whether the kernels check values.
+    """
+
+    def __init__(
+        self, plan: Plan, generator: nn.Module, precision: str, max_rows: int | None, validate: bool
+    ) -> None:
+        self.plan = plan.text
+        self.parameters = [p.detach() for p in plan.tensors(generator)]
+        self.precision = precision
+        self.max_rows = max_rows or 0
+        self.validate = validate
+
+    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
+        return ops.project(
+            images.detach(),
+            start.detach(),
+            self.parameters,
+            self.plan,
+            descent.lr_schedule,
+            descent.momentum,
+            self.precision,
+            self.max_rows,
+            self.validate,
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return ops.decode(latents, self.parameters, self.plan, self.max_rows)
+
+    def unrolled(self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent) -> Tensor:
+        return gradients.unrolled(images, reconstruction, z0, self.parameters, self.plan, *descent)
+
+
+class ReferencePath:
+    """Plain PyTorch.
+
+    Args:
+        generator: the module.
+        takes_maps: whether its latents are [N, k, 1, 1] and not [N, k].
+        precision: "float64", or one of `precisions.ALL`; the generator's layers run in it by autocast where it has
+            16 bits, and latents and errors stay float32.
+        image_shape: (C, H, W) of the images.
+        device: "cpu" or "cuda".
+        max_rows: rows in flight at most; None keeps working memory near 200 MB.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        takes_maps: bool,
+        precision: str,
+        image_shape: Sequence[int],
+        device: str,
+        max_rows: int | None,
+    ) -> None:
+        self.generator = generator
+        self.takes_maps = takes_maps
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        self.layers = precisions.DTYPES.get(precision, self.dtype)
+        self.image_shape = tuple(image_shape)
+        self.device = device
+        # Autograd keeps every activation; a generous bound of 256 floats a pixel keeps the working memory.
+        self.max_rows = max_rows or max(1, WORKING_BYTES // (256 * 4 * max(1, math.prod(image_shape))))
+
+    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
+        targets, z0 = images.detach().to(self.dtype), start.detach().to(self.dtype)
+        return reference.project(self._decoder, targets, z0, *descent, self.max_rows)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        if not len(latents):  # many modules refuse an empty batch
+            return latents.new_empty(0, *self.image_shape)
+        return self._decoder(latents)
+
+    def _decoder(self, latents: Tensor) -> Tensor:
+        narrow = self.layers in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.device, dtype=self.layers, enabled=narrow):
+            return self.outputs(latents).to(self.dtype)
+
+    def outputs(self, latents: Tensor) -> Tensor:
+        """Returns what the generator makes of latents [N, k], whatever that is."""
+        z = latents.to(dtype_of(self.generator) or latents.dtype)
+        found: Tensor = self.generator(z[:, :, None, None] if self.takes_maps else z)
+        return found
+
+    def unrolled(self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent) -> Tensor:
+        tied: Tensor = gradients.UnrolledDecoder.apply(
+            images, reconstruction, z0, self._decoder, descent, self.dtype
+        )
+        return tied
+
+
+def dtype_of(generator: nn.Module) -> torch.dtype | None:
+    """Returns the dtype of a generator's parameters, None where it has none that are floating point."""
+    return next((p.dtype for p in generator.parameters() if p.is_floating_point()), None)
