@@ -8,7 +8,6 @@ the original image, never on a reconstruction.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +16,6 @@ from torch import Tensor
 NORMS = ("linf", "l2")
 # Images that were resampled leave their range by a few units in the last place.
 RANGE_TOLERANCE = 1e-5
-
-Progress = Callable[[int, int], None]
-"""Called with (work done, all work), in images times model calls; at the end both are equal."""
 
 
 @dataclass(frozen=True)
@@ -133,25 +129,3 @@ def check_positive(name: str, value: float, zero: bool = False) -> None:
     """Raises ValueError where a number is not positive and finite; ``zero`` allows 0."""
     if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
         raise ValueError(f"{name} must be {'at least 0' if zero else 'above 0'} and finite, got {value}")
-
-
-class Meter:
-    """Counts the work of an attack and reports it; dropped work counts as done, so that the end is reached."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def at(self, done: int) -> None:
-        """Reports that ``done`` of the work is behind us; what was reported before is never taken back."""
-        self.done = min(max(self.done, done), self.total)
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-    def advance(self, work: int) -> None:
-        """Reports that so much more of the work is behind us."""
-        self.at(self.done + work)
-
-    def finish(self) -> None:
-        """Reports that nothing is left to do."""
-        if self.done < self.total:
-            self.at(self.total)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from defgan_fast.attacks._budget import Budget
+
 
 class Streams:
     """One stream of random numbers for each image.
@@ -54,3 +56,18 @@ class Streams:
 def _stream(content: bytes, seed: int, purpose: str) -> np.random.Philox:
     digest = hashlib.blake2b(f"{seed} {purpose} ".encode() + content, digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64))
+
+
+def random_step(images: Tensor, rows: Tensor, streams: Streams, budget: Budget, kind: str) -> Tensor:
+    """Returns a random change of each image [M, C, H, W], whose streams are those of rows [M].
+
+    ``kind`` of an l-infinity change: "sign" moves every pixel by plus or minus epsilon, "uniform" by less. An l2
+    change has a uniform direction and the full norm.
+    """
+    shape = images.shape[1:]
+    if budget.norm == "l2":
+        drawn = streams.normal(rows, shape)
+        lengths = drawn.flatten(1).square().sum(1).sqrt().view(-1, 1, 1, 1)
+        return (budget.epsilon * drawn / lengths).to(images)
+    drawn = 2 * streams.uniform(rows, shape) - 1
+    return (budget.epsilon * (drawn.sign() if kind == "sign" else drawn)).to(images)

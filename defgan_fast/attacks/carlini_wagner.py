@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from defgan_fast.attacks._adam import Adam
-from defgan_fast.attacks._budget import (
-    Budget,
-    Meter,
-    Progress,
-    check,
-    check_count,
-    check_positive,
-    over_pixels,
-)
+from defgan_fast.attacks._budget import Budget, check, check_count, check_positive, over_pixels
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 from defgan_fast.attacks._record import Record
 
@@ -42,6 +35,7 @@ def cw(
     search_steps: int = 1,
     confidence: float = 0.0,
     abort_early: bool = True,
+    early_stop: bool = True,
     targeted: bool = False,
     eot: int = 1,
     seed: int = 0,
@@ -69,6 +63,8 @@ def cw(
             the last search repeats the least c that has succeeded.
         confidence: margin that an adversarial image must have.
         abort_early: an image whose loss has stopped falling is dropped from the search.
+        early_stop: an image that is broken within ``epsilon`` is dropped from the work; False (or no epsilon)
+            looks for a nearer one.
         targeted: descend to the class of ``labels`` instead of leaving it.
         eot: copies of every image in each query, whose margins are averaged; above 1 for randomised defences.
         seed: not used, nothing is drawn; it is here because every attack takes one.
@@ -104,13 +100,14 @@ def cw(
     already = answer.broken & (answer.scores >= confidence)
     record.offer(everything, images, answer.wrong, torch.zeros_like(answer.scores), already)
     search = _Search(objective, budget, record, images, labels, confidence, learning_rate)
+    search.early_stop = early_stop and epsilon is not None
     search.abort_every = max(iterations // CHECKS, 1) if abort_early else 0
     c = Constants(len(images), initial_c, images.device)
     for number in range(search_steps):
         if search_steps >= 10 and number == search_steps - 1:
             c.repeat_least()
         found = search.run(
-            everything[~already], c.values, iterations, meter, number * iterations * len(images)
+            search.going(everything[~already]), c.values, iterations, meter, number * iterations * len(images)
         )
         c.adapt(found)
     meter.finish()
@@ -121,6 +118,7 @@ class _Search:
     """Adam from the images themselves, over those that are not finished."""
 
     abort_every: int = 0
+    early_stop: bool = False
 
     def __init__(
         self,
@@ -141,6 +139,10 @@ class _Search:
         wide = images.to(torch.promote_types(images.dtype, torch.float32))
         self.origin = torch.atanh(((wide - self.middle) / self.half * INSIDE).clamp(-INSIDE, INSIDE))
 
+    def going(self, rows: Tensor) -> Tensor:
+        """Returns those of the rows whose images are not finished."""
+        return rows[~(self.record.broken[rows] & self.early_stop)]
+
     def run(self, rows: Tensor, c: Tensor, iterations: int, meter: Meter, before: int) -> Tensor:
         """One search over the images of rows [M] with weights c [N]; returns which of all were broken, [N] bool."""
         found = torch.zeros(len(self.images), dtype=torch.bool, device=self.images.device)
@@ -156,9 +158,11 @@ class _Search:
                 break
             gradients = gradients * self.half * (1 - tanh * tanh)
             adam = adam.step(gradients, iteration + 1, self.learning_rate)
+            going = ~(self.record.broken[rows] & self.early_stop)
             if self.abort_every and iteration % self.abort_every == 0:
-                falling = losses <= FALLING * checked
-                rows, adam, checked = rows[falling], adam.keep(falling), losses[falling]
+                going = going & (losses <= FALLING * checked)
+                checked = losses
+            rows, adam, checked = rows[going], adam.keep(going), checked[going]
         meter.at(before + iterations * len(self.images))
         return found
 

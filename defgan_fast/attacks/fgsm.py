@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from defgan_fast.attacks._budget import Budget, Meter, Progress, check
+from defgan_fast.attacks._budget import Budget, check
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 
 

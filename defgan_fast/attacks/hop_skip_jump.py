@@ -7,16 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import (
-    Budget,
-    Meter,
-    Progress,
-    check,
-    check_choice,
-    check_count,
-    norms,
-    over_pixels,
-)
+from defgan_fast.attacks._budget import Budget, check, check_choice, check_count, norms, over_pixels
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 from defgan_fast.attacks._record import Record
 from defgan_fast.attacks._streams import Streams

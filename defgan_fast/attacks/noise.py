@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from defgan_fast.attacks._budget import Budget, Meter, Progress, check, check_choice, check_count
+from defgan_fast.attacks._budget import Budget, check, check_choice, check_count
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 from defgan_fast.attacks._record import Record
-from defgan_fast.attacks._streams import Streams
+from defgan_fast.attacks._streams import Streams, random_step
 
 KINDS = ("sign", "uniform")
 
@@ -79,19 +80,3 @@ def noise(
         meter.at((number + 1) * len(images))
     meter.finish()
     return record.points
-
-
-def random_step(
-    images: torch.Tensor, rows: torch.Tensor, streams: Streams, budget: Budget, kind: str
-) -> torch.Tensor:
-    """Returns a random change of each image [M, C, H, W], whose streams are those of rows [M].
-
-    ``kind`` "sign" and "uniform" as in :func:`noise`; an l2 change has the full norm, "uniform" or not.
-    """
-    shape = images.shape[1:]
-    if budget.norm == "l2":
-        drawn = streams.normal(rows, shape)
-        lengths = drawn.flatten(1).square().sum(1).sqrt().view(-1, 1, 1, 1)
-        return (budget.epsilon * drawn / lengths).to(images)
-    drawn = 2 * streams.uniform(rows, shape) - 1
-    return (budget.epsilon * (drawn.sign() if kind == "sign" else drawn)).to(images)

@@ -11,20 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import (
-    Budget,
-    Meter,
-    Progress,
-    check,
-    check_choice,
-    check_count,
-    check_positive,
-    over_pixels,
-)
+from defgan_fast.attacks._budget import Budget, check, check_choice, check_count, check_positive, over_pixels
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Answer, Objective
 from defgan_fast.attacks._record import Record
-from defgan_fast.attacks._streams import Streams
-from defgan_fast.attacks.noise import random_step
+from defgan_fast.attacks._streams import Streams, random_step
 
 STEP_RULES = ("fixed", "auto")
 # Auto-PGD's constants (Croce and Hein, section 3.1): the weight of the new direction, the share of steps that must

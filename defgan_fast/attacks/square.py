@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import Budget, Meter, Progress, check, check_count, check_positive
+from defgan_fast.attacks._budget import Budget, check, check_count, check_positive
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Answer, Objective
 from defgan_fast.attacks._record import Record
 from defgan_fast.attacks._streams import Streams

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from defgan_fast import models
-from defgan_fast.attacks._budget import Meter, Progress, check, check_count, check_positive
+from defgan_fast.attacks._budget import check, check_count, check_positive
+from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective, check_logits
 from defgan_fast.attacks.fgsm import fgsm
 
@@ -139,9 +140,11 @@ def train_substitute(
     batches = sum(epochs * -(-size // BATCH) for size in sizes)
     meter = Meter(progress, batches + sizes[-1])
     devices = [images.device] if images.device.type == "cuda" else []
-    # Initial weights and dropout draw from the global state, which is put back afterwards.
+    # Initial weights and dropout draw from the global states, which are put back afterwards.
     with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         labels, classes = _labels(model, images, meter)
         network = _network(substitute, images, classes)
         order = torch.Generator().manual_seed(seed)

@@ -6,7 +6,7 @@ from torch import nn
 from victims import RowByRow
 
 from defgan_fast.attacks import latent_cw, latent_lagrange
-from defgan_fast.attacks.latent import invert
+from defgan_fast.attacks._latent_search import invert
 
 K = 4
 

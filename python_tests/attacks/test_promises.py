@@ -206,7 +206,7 @@ def test_answers_that_are_no_logits(name):
 # --- dropping, and faults that the tests above must see ------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "pgd random", "noise", "square", "hop_skip_jump"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "pgd random", "noise", "square", "hop_skip_jump", "cw"])
 def test_finished_images_are_dropped_and_the_others_do_not_notice(name):
     model = small_classifier()
     images, labels = images_and_labels(model, 20)
