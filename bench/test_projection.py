@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from defgan_fast.benchmark import flops, generators, peers, run
-from defgan_fast.benchmark.limits import PRECISIONS
+from defgan_fast.precisions import ON_CPU
 
 STEPS = 20
 SIZES = [(1, 1), (1, 10), (10, 10)]
-BACKENDS = [peers.ours(precision) for precision in PRECISIONS] + peers.pytorch_peers() + peers.jax_peers()
+BACKENDS = [peers.ours(precision) for precision in ON_CPU] + peers.pytorch_peers() + peers.jax_peers()
 
 
 @pytest.mark.parametrize(("images", "restarts"), SIZES)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("float32", "bfloat16")
+from ..precisions import ON_CPU
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
+        choices=ON_CPU,
         action="append",
         help="only this one (default: both; --quick: float32)",
     )
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     earlier = None if args.json is None else _partial(args.json)
     save = None if args.json is None else partial(_write, args.json)
-    precisions = args.precision or (PRECISIONS[:1] if args.quick else PRECISIONS)
+    precisions = args.precision or (ON_CPU[:1] if args.quick else ON_CPU)
     result = runner.measure(
         runner.cases(runner.QUICK_SIZES if args.quick else runner.SIZES, precisions),
         generator_name=args.generator,

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from ..kernels import extension
+from ..precisions import DTYPES, ON_CPU
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MATRICES = (256, 512, 1024, 2048)
 
 
 def machine_limits(
-    threads: int, precisions: Iterable[str] = PRECISIONS, seconds: float = 0.3
+    threads: int, precisions: Iterable[str] = ON_CPU, seconds: float = 0.3
 ) -> dict[str, dict[str, float | None]]:
     """GFLOP/s by precision: `{"float32": {"probe": ..., "torch.mm": ...}, "bfloat16": ...}`."""
     return {
         precision: {
             "probe": probe(precision, threads, seconds),
-            "torch.mm": matrix_product(PRECISIONS[precision], seconds),
+            "torch.mm": matrix_product(DTYPES[precision], seconds),
         }
         for precision in precisions
     }

@@ -22,14 +22,13 @@ import torch
 from torch import nn
 
 from .. import reference
-from .limits import PRECISIONS
+from ..precisions import DTYPES, ON_CPU
 
 MOMENTUM = 0.7
 LEARNING_RATE = 10.0
 LR_DECAY = 0.1
 DECAY_AT = 0.8
 
-DTYPES = {**PRECISIONS, "float16": torch.float16}
 
 Run = Callable[[int], torch.Tensor]
 
@@ -97,7 +96,7 @@ def ours(precision: str, backend: str = "cpu") -> Peer:
 def pytorch_peers(compiled: bool = True) -> list[Peer]:
     """Eager and compiled PyTorch, both memory layouts, both precisions; compiled only where a compiler is."""
     peers = []
-    for precision in PRECISIONS:
+    for precision in ON_CPU:
         for layout in ("NCHW", "channels_last"):
             peers.append(Peer(f"eager {layout}", precision, _pytorch(precision, layout, _eager_step)))
             if compiled and shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]):

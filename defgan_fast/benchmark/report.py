@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("float32", "bfloat16")
+from ..precisions import ON_CPU
 
 
 def table(result: dict[str, Any]) -> str:
@@ -59,7 +59,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    precisions = [p for p in PRECISIONS if any(row["precision"] == p for row in result["rows"])]
+    precisions = [p for p in ON_CPU if any(row["precision"] == p for row in result["rows"])]
     figure, axes = pyplot.subplots(
         1, len(precisions), figsize=(5.5 * len(precisions), 4.8), squeeze=False, layout="constrained"
     )
