@@ -9,13 +9,13 @@ from defgan_fast.benchmark import generators, peers, run
 
 @pytest.fixture(scope="session")
 def generator():
-    """The MNIST geometry with random weights that move."""
+    """Returns the MNIST geometry with random weights that move."""
     return generators.moving_generator("mnist")
 
 
 @pytest.fixture
 def checked(generator):
-    """A function that prepares a peer for a problem and asserts that it is correct, before it is timed."""
+    """Returns a function that prepares a peer for a problem and asserts that it is correct, before it is timed."""
 
     def prepare(peer: peers.Peer, images: int, restarts: int) -> tuple[peers.Run, peers.Work]:
         work = run.problem(generator, images, restarts)

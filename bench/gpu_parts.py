@@ -31,7 +31,7 @@ class Skip(Exception):
 
 
 class Findings(dict):  # type: ignore[type-arg]
-    """What a part has found so far; written to its file at every step, since the part may be killed at any time."""
+    """Holds what a part has found so far, and writes it at every step, since the part may be killed at any time."""
 
     def __init__(self, path: Path, budget: float) -> None:
         super().__init__(failures=[])
@@ -77,7 +77,7 @@ def gpu_here() -> bool:
 
 
 class Recorder:
-    """A pytest plugin that keeps what tests record, and each failure, as soon as a test has ended."""
+    """Is a pytest plugin that keeps what tests record, and each failure, as soon as a test has ended."""
 
     def __init__(self, found: Findings) -> None:
         self.found = found

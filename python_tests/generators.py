@@ -309,7 +309,7 @@ class Case:
 
 
 def scale_up(generator: nn.Module, gain: float = 1.6) -> None:
-    """Weights of variance gain^2 / fan-in, statistics and affine parameters of BatchNorm away from 0 and 1."""
+    """Draws weights of variance gain^2 / fan-in, statistics and affine parameters of BatchNorm away from 0 and 1."""
     with torch.no_grad():
         for module in generator.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
@@ -332,7 +332,7 @@ def scale_up(generator: nn.Module, gain: float = 1.6) -> None:
 
 @functools.cache
 def make_case(name: str, images: int = 4, restarts: int = 4, steps: int = 20) -> Case:
-    """The named generator with seeded weights, its targets, starting points and learning rate."""
+    """Returns the named generator with seeded weights, its targets, starting points and learning rate."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 + list(FAMILIES).index(name))
         generator = FAMILIES[name]()
@@ -350,7 +350,7 @@ def make_case(name: str, images: int = 4, restarts: int = 4, steps: int = 20) ->
 
 @functools.cache
 def shipped_case(name: str) -> Case:
-    """A shipped generator on test images of its own data set.
+    """Returns a shipped generator on test images of its own data set.
 
     The rate is found as for the others: at the default of 10 MNIST's descent is at the edge of chaos, where
     PyTorch's own float32 and float64 part within 20 steps, and nothing is said of a kernel (docs/numerics.md).
@@ -367,7 +367,7 @@ def shipped_case(name: str) -> Case:
 
 
 def _search_rate(decoder: reference.Decoder, images: Tensor, z0: Tensor, steps: int) -> float:
-    """The middle of the rates at which the median loss falls by a third: moving, and not at the edge of chaos."""
+    """Returns the middle of the rates at which the median loss falls by a third, far from the edge of chaos."""
     _, before = reference.project(decoder, images, z0, [], 0.7)
     good = []
     for exponent in range(-4, 14):

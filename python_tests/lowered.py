@@ -19,7 +19,7 @@ from defgan_fast.plan import Plan, decoder_of, interpret, lower
 
 
 def check(generator: nn.Module, k: int, kinds: list[str] | None = None, scale: bool = True) -> Plan:
-    """The plan computes what the generator does, by both its readers; `kinds` are the layers expected in it."""
+    """Checks that both readers of the plan compute what the generator does; `kinds` are the layers expected in it."""
     if scale:
         scale_up(generator, 1.2)
     generator.eval()
@@ -64,7 +64,7 @@ def check(generator: nn.Module, k: int, kinds: list[str] | None = None, scale: b
 
 
 def on_maps(*layers: nn.Module, c: int = 4, h: int = 5, w: int = 3, k: int = 6) -> nn.Sequential:
-    """The layers after a Linear that lays the latent out as [N, c, h, w]."""
+    """Returns the layers after a Linear that lays the latent out as [N, c, h, w]."""
     return nn.Sequential(nn.Linear(k, c * h * w), nn.Unflatten(1, (c, h, w)), *layers)
 
 

@@ -17,7 +17,7 @@ K = 8
 
 
 def make_generator(end: nn.Module | None = None) -> PaperGenerator:
-    """The paper's geometry, small, with weights that make its images depend on the latent."""
+    """Returns the paper's geometry, small, with weights that make its images depend on the latent."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(11)
         generator = PaperGenerator(latent_size=K, width=4)
@@ -28,7 +28,7 @@ def make_generator(end: nn.Module | None = None) -> PaperGenerator:
 
 
 def make_images(generator: nn.Module, count: int = 4) -> Tensor:
-    """Images near the generator's range."""
+    """Returns images near the generator's range."""
     rng = torch.Generator().manual_seed(7)
     with torch.no_grad():
         images = generator(torch.randn(count, K, generator=rng) * 0.7)

@@ -50,7 +50,7 @@ SERIALISED = re.compile(r"C75(?:1[0-9])")
 
 @dataclass
 class Function:
-    """What ptxas says of one kernel, or of one function that kernels call."""
+    """Holds what ptxas says of one kernel, or of one function that kernels call."""
 
     source: str
     architecture: int
@@ -70,7 +70,7 @@ class Function:
 
 @dataclass
 class Unit:
-    """One source for one architecture."""
+    """Holds what the tools say of one source for one architecture."""
 
     source: str
     architecture: int
@@ -92,7 +92,7 @@ def build_settings() -> ModuleType:
 
 
 def launch_bounds(ptx: str) -> dict[str, tuple[int | None, int]]:
-    """Of each kernel in a PTX text: threads of a block (None: not said), blocks of a multiprocessor."""
+    """Returns each kernel's threads of a block (None where PTX does not say) and blocks of a multiprocessor."""
     found = {}
     for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\(.*?\)(.*?)\{", ptx, re.DOTALL):
         threads = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", entry[2])
@@ -125,7 +125,7 @@ def dead_ends(ptx: str) -> list[str]:
 
 
 def parse_ptxas(report: str, source: str, architecture: int) -> list[Function]:
-    """The functions in what `ptxas -v` prints."""
+    """Returns the functions in what `ptxas -v` prints."""
     functions: dict[str, Function] = {}
     kernels = set(re.findall(r"Compiling entry function '([^']+)'", report))
     current = kernel = None
@@ -148,7 +148,7 @@ def parse_ptxas(report: str, source: str, architecture: int) -> list[Function]:
 
 
 def warnings_in(text: str) -> list[str]:
-    """The lines of a tool's output that are warnings or errors, serialised tensor-core instructions by name."""
+    """Returns the warnings and errors of a tool's output; serialised tensor-core instructions are named."""
     found = []
     for line in text.splitlines():
         serialised = SERIALISED.search(line)
@@ -160,12 +160,12 @@ def warnings_in(text: str) -> list[str]:
 
 
 def allowance(allowed: dict[str, int], source: str) -> int:
-    """What the first pattern that fits the source's name allows."""
+    """Returns what the first pattern that fits the source's name allows."""
     return next((most for pattern, most in allowed.items() if fnmatch.fnmatch(source, pattern)), 0)
 
 
 def judge(function: Function) -> list[str]:
-    """What is wrong with a function, in words."""
+    """Says in words what is wrong with a function."""
     wrong = []
     spills, stack = (allowance(allowed, function.source) for allowed in (ALLOWED_SPILLS, ALLOWED_STACK))
     spilled = function.spill_stores + function.spill_loads
@@ -190,7 +190,7 @@ def judge(function: Function) -> list[str]:
 
 
 def run(command: list[str]) -> tuple[int, str]:
-    """Exit status, and both streams together."""
+    """Runs a command and returns its exit status, and both streams together."""
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     return finished.returncode, finished.stdout + finished.stderr
 
@@ -238,14 +238,14 @@ def check_unit(
 
 
 def applies(source: Path, architecture: int) -> bool:
-    """Whether a source has kernels for an architecture."""
+    """Tells whether a source has kernels for an architecture."""
     return all(
         architecture in only for pattern, only in ONLY.items() if fnmatch.fnmatch(source.name, pattern)
     )
 
 
 def readable(names: list[str]) -> dict[str, str]:
-    """C++ names, where the binutils are there to tell them; without parameters."""
+    """Returns C++ names without their parameters, where the binutils are there to tell them."""
     filt = shutil.which("c++filt")
     if filt is None or not names:
         return {name: name for name in names}
@@ -259,7 +259,7 @@ def readable(names: list[str]) -> dict[str, str]:
 
 
 def table(units: list[Unit]) -> str:
-    """One line for each function."""
+    """Returns a table with one line for each function."""
     names = readable(sorted({f.name for unit in units for f in unit.functions}))
     header = ("source", "sm", "function", "registers", "stack", "spills", "shared", "bounds")
     rows = [header]

@@ -87,7 +87,7 @@ class KernelFailure(RuntimeError):
 
 @dataclass
 class Result:
-    """Of a projection: latents [B, R, k], errors [B, R], and how it was carried out."""
+    """Holds a projection's latents [B, R, k] and errors [B, R], and how it was carried out."""
 
     latents: Tensor
     errors: Tensor
@@ -97,7 +97,7 @@ class Result:
 
 
 class Kernels:
-    """The library's two calls, on tensors."""
+    """Calls the library's two functions on tensors."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -117,7 +117,10 @@ class Kernels:
         max_rows: int = 0,
         seed: int = 0,
     ) -> Result:
-        """As the op `project`, on a pretended device of ``blocks`` multiprocessors; ``seed``: order of threads."""
+        """Does what the op `project` does, on a pretended device of ``blocks`` multiprocessors.
+
+        ``seed`` decides the order in which threads run.
+        """
         images, z0 = images.float().contiguous(), z0.float().contiguous()
         restarts, k = z0.shape[-2:]
         latents = torch.full((len(images), restarts, k), torch.nan)
@@ -153,7 +156,7 @@ class Kernels:
         max_rows: int = 0,
         seed: int = 0,
     ) -> Tensor:
-        """As the op `decode`; ``shape``: of one image."""
+        """Does what the op `decode` does; ``shape`` is that of one image."""
         latents = latents.float().contiguous()
         images = torch.full((len(latents), *shape), torch.nan)
         self._call(
@@ -190,5 +193,5 @@ class Kernels:
 
 @functools.cache
 def kernels() -> Kernels:
-    """The library of the sources as they are."""
+    """Returns the library of the sources as they are."""
     return Kernels(build())

@@ -47,7 +47,7 @@ Record = Callable[[str, object], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem on the device, with the plan of its generator."""
+    """Holds a problem on the device, with the plan of its generator."""
 
     plan: Any
     work: peers.Work
@@ -108,7 +108,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 @pytest.fixture(autouse=True)
 def _exact_peers(record_property: Record) -> None:
-    """TF32 would make PyTorch's float32 no yardstick."""
+    """Switches TF32 off, with which PyTorch's float32 would be no yardstick."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     record_property("backend", gpu.backend())
     record_property("seed", SEED)
@@ -116,7 +116,7 @@ def _exact_peers(record_property: Record) -> None:
 
 @pytest.fixture(scope="module")
 def redraws() -> Iterator[list[str]]:
-    """The cases for which another problem was tried; more than a few of them are no bad luck."""
+    """Collects the cases for which another problem was tried; more than a few of them are no bad luck."""
     tried: list[str] = []
     yield tried
     assert len(tried) <= REDRAWS, f"{len(tried)} cases were too far off at first: {tried}"
@@ -125,7 +125,7 @@ def redraws() -> Iterator[list[str]]:
 def check_closeness(
     name: str, shape: tuple[int, int], steps: int, precision: str, record: Record, redraws: list[str]
 ) -> None:
-    """All mappings are as close to float64 as PyTorch, and give the same bits."""
+    """Checks that all mappings are as close to float64 as PyTorch, and give the same bits."""
     images, restarts = shape
     case = f"{name}, {images} x {restarts}, {steps} steps, {precision}"
     for draw in range(DRAWS):
@@ -160,7 +160,7 @@ def check_closeness(
 
 
 def check_bits(precision: str, images: int, steps: int, in_flight: tuple[int, ...]) -> None:
-    """The same bits come from every mapping, for every size of what is in flight, at every place in the batch."""
+    """Checks that bits depend on no mapping, no number of rows in flight and no place in the batch."""
     given = problem("digits", images, 3, SEED)
     expected = projection(given, steps, precision)
     for mapping in mappings(precision, "digits"):
@@ -195,7 +195,7 @@ def test_bits_do_not_depend_on_mapping_batch_and_rows_in_flight(precision: str) 
 @executes
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_all_steps_end_where_those_of_float64_do(precision: str, record_property: Record) -> None:
-    """After all steps: mean final error beside float64's, and the regret of the restart that was chosen."""
+    """The mean final error is within 1% of float64's, and the chosen restart is the best of its own."""
     name, images, restarts, steps = ("mnist", 64, 10, 200) if ON_GPU else ("digits", 2, 3, 3)
     given = noisy_problem(name, images, restarts)
     best64 = float64_error(name, images, restarts, steps)
@@ -216,7 +216,7 @@ def test_all_steps_end_where_those_of_float64_do(precision: str, record_property
 
 
 def noisy_problem(name: str, images: int, restarts: int) -> Problem:
-    """Images that are not exactly reachable, so that the final error is no rounding error."""
+    """Returns images that are not exactly reachable, so that the final error is no rounding error."""
     given = problem(name, images, restarts, 1, weights=0)
     work = given.work
     noise = torch.randn(work.images.shape, generator=torch.Generator().manual_seed(2)).to(work.images) * 0.1
@@ -225,7 +225,7 @@ def noisy_problem(name: str, images: int, restarts: int) -> Problem:
 
 @functools.cache
 def float64_error(name: str, images: int, restarts: int, steps: int) -> float:
-    """The mean over images of the least error that float64 ends with."""
+    """Returns the mean over images of the least error that float64 ends with."""
     _, errors = descents(noisy_problem(name, images, restarts), steps, "float64")
     return errors.min(1).values.mean().item()
 
@@ -233,7 +233,7 @@ def float64_error(name: str, images: int, restarts: int, steps: int) -> float:
 @executes
 @pytest.mark.parametrize("precision", ["float16", "float32"])
 def test_nine_rows_by_every_mapping(precision: str) -> None:
-    """A tiny call by each mapping, which compute-sanitizer looks at too."""
+    """A tiny call by each mapping works; compute-sanitizer looks at it too."""
     given = problem("digits", 3, 3, 0, weights=0)
     for mapping in mappings(precision, "digits", 0):
         _, errors = projection(given, 1, precision, mapping)

@@ -2,7 +2,7 @@
 (a GPU).
 
 `make cuda-build` runs this against a CUDA build of torch, with DEFGAN_EXPECT_CUDA set so that a build without
-kernels fails instead of being skipped. The kernels' own arithmetic is tested without a GPU in `kernels/`.
+kernels fails instead of being skipped. The kernels' own arithmetic is tested beside this file, without a GPU too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ A100 = {"capability": (8, 0), "multiprocessors": 108, "shared_memory": 163 * 102
 
 @functools.cache
 def lowered(name: str) -> tuple[str, tuple[int, ...]]:
-    """Text of the plan and elements of its parameters; lowering checks itself, which takes longer than the tests."""
+    """Returns the plan's text and its parameters' elements; lowering checks itself, which takes long."""
     generator = moving_generator(name)
     plan = lower(generator, latent_size_of(generator) or 0)
     return plan.text, tuple(tensor.numel() for tensor in plan.tensors(generator))
@@ -183,7 +183,7 @@ def test_the_cpu_half_of_a_cuda_build_works() -> None:
 
 
 def on_gpu(name: str, images: int, restarts: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """A generator that moves, images and starting points on the GPU."""
+    """Returns a generator that moves, images and starting points on the GPU."""
     generator = moving_generator(name)
     work = benchmark.problem(generator, images, restarts)
     return generator.cuda(), work.images.cuda(), work.z0.cuda()

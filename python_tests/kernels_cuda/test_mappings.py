@@ -78,7 +78,7 @@ def exact(case: Case, rates: tuple[float, ...], momentum: float) -> tuple[Tensor
 
 
 class _Store(torch.autograd.Function):
-    """What a layer leaves in memory: its activation's output rounded; backward its gradient, rounded."""
+    """Rounds what a layer leaves in memory: its activation's output forward, its gradient backward."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
@@ -94,7 +94,7 @@ class _Store(torch.autograd.Function):
 
 
 def derivative(layer: Layer, y: Tensor) -> Tensor:
-    """Of the activation, where its output is y."""
+    """Returns the activation's slope where its output is y."""
     return {
         "identity": lambda: torch.ones_like(y),
         "relu": lambda: (y > 0).double(),
@@ -105,7 +105,7 @@ def derivative(layer: Layer, y: Tensor) -> Tensor:
 
 
 def rounded_gradient(case: Case, precision: str) -> Tensor:
-    """The gradient of every row's error at z0 [B, R, k], in float64 rounded where the kernels round."""
+    """Returns the gradient of every row's error at z0 [B, R, k], in float64 rounded where the kernels round."""
     plan, dtype = lowered(case), DTYPES[precision]
     tensors = [p.to(dtype).double() if p.dim() > 1 else p.double() for p in parameters(case)]
     count, restarts = len(case.images), len(case.z0)
@@ -125,13 +125,13 @@ def rounded_gradient(case: Case, precision: str) -> Tensor:
 
 
 def gradient_rate(case: Case) -> float:
-    """A rate at which one step moves a latent by about its own length, so that z0 - z1 keeps the gradient's digits."""
+    """Returns a rate at which a step is about a latent's own length, so that z0 - z1 keeps the gradient's digits."""
     z1, _ = exact(case, (1.0,), 0.0)
     return (case.z0.norm(dim=-1).median() / (case.z0 - z1).norm(dim=-1).median()).item()
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """Median over rows."""
+    """Returns the median over rows."""
     return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
 
 
@@ -148,7 +148,7 @@ def check_one_step(case: Case, precision: str, mapping: str, **options: Any) -> 
 
 
 def check_errors(case: Case, result: on_cpu.Result) -> None:
-    """The final error is float32 at the latents that came out, in every precision."""
+    """Checks that the final error is float32 at the latents that came out, in every precision."""
     twin = copy.deepcopy(case.generator).double()
     expected = reference.reconstruction_errors(
         decoder_of(twin, case.latent_size),
@@ -169,7 +169,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @functools.cache
 def paper_case(alignment: str) -> Case:
-    """The paper's generator in full width, seeded weights that move, two images and five restarts: 10 rows."""
+    """Returns the paper's generator in full width with weights that move, two images and five restarts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         generator = (
@@ -210,7 +210,7 @@ def test_three_steps_and_the_error_that_picks(case: Case, precision: str) -> Non
 @pytest.mark.parametrize("name", FEWER)
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_bits_depend_on_nothing_but_the_row(name: str, precision: str) -> None:
-    """Not on the mapping, the blocks of a team, the order of threads, the rows in flight, the place in the batch."""
+    """Mapping, blocks of a team, order of threads, rows in flight and place in the batch change no bit."""
     case = make_case(name)
     rates = [case.lr] * 2
     whole = run(case, rates, precision, "layered")
@@ -247,7 +247,7 @@ def test_decoding_matches_the_generator(case: Case) -> None:
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_fused_digits(precision: str) -> None:
-    """The shipped generator: one step, then bits across mappings, orders of threads and partial groups."""
+    """The shipped generator is tested for one step, then across mappings, orders of threads and partial groups."""
     case = shipped_case("digits")
     check_one_step(case, precision, "fused")
     rates = [case.lr] * 2

@@ -333,7 +333,7 @@ def _plant(file: str, text: str) -> str:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> on_cpu.Kernels:
-    """The kernels with every bug in them, all switched off."""
+    """Returns the kernels with every bug in them, all switched off."""
     folder = tmp_path_factory.mktemp("planted")
     shutil.copytree(CSRC, folder / "csrc")
     for file in (FUSED, TEAM, GEMM, PACKING):
@@ -350,7 +350,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> on_cpu.Kernels:
 
 @dataclass(frozen=True)
 class Projection:
-    """What a case runs, and what float64 makes of it."""
+    """Holds what a case runs, and what float64 makes of it."""
 
     images: Tensor
     z0: Tensor
@@ -379,7 +379,7 @@ class Projection:
         )
 
     def distance(self, result: on_cpu.Result) -> float:
-        """The largest over rows: how far the latent is from the reference's, by the way that one has gone."""
+        """Returns the largest relative distance of a row's latent from the reference's."""
         gone = (self.latents - self.z0.double()).norm(dim=-1)
         return ((result.latents - self.latents).norm(dim=-1) / gone).max().item()
 

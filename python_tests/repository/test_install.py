@@ -58,7 +58,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the checkout without anything that was built in it, so that builds leave no trace there."""
+    """Returns a copy of the checkout without anything that was built in it, so that builds leave no trace there."""
     target = tmp_path_factory.mktemp("source") / "defgan-fast"
     built = shutil.ignore_patterns(
         "*.so", "_C.json", "_csrc", "__pycache__", "*.egg-info", ".*", "build", "out"
@@ -69,7 +69,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def environment(tmp_path):
-    """An empty virtual environment that sees this one's packages; its interpreter."""
+    """Returns the interpreter of an empty virtual environment that sees this one's packages."""
     folder = tmp_path / "venv"
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -86,7 +86,7 @@ def environment(tmp_path):
 
 @pytest.fixture
 def no_torch(tmp_path):
-    """Environment variables under which torch cannot be imported."""
+    """Returns environment variables under which torch cannot be imported."""
     (tmp_path / "no_torch").mkdir()
     (tmp_path / "no_torch" / "torch.py").write_text("raise ImportError('not visible here')\n")
     return {"PYTHONPATH": str(tmp_path / "no_torch")}
@@ -108,7 +108,7 @@ def run(command, cwd, **variables):
 
 
 def install(python, source, **variables):
-    """`pip install .` without dependencies and without the index."""
+    """Runs `pip install .` without dependencies and without the index."""
     pip = [
         python,
         "-m",
@@ -123,7 +123,7 @@ def install(python, source, **variables):
 
 
 def project(python, cwd, **variables):
-    """What PROJECT prints, and its stderr."""
+    """Returns what PROJECT prints, and its stderr."""
     finished = run([python, "-c", PROJECT], cwd, **variables)
     return json.loads(finished.stdout), finished.stderr
 
@@ -330,7 +330,7 @@ def test_cuda_is_decided_by_torch_and_toolkit(torch_cuda, home, nvcc, sources, r
 
 
 def fake_toolkit(folder, release="13.0"):
-    """A folder whose nvcc says its version and no more."""
+    """Returns a folder whose nvcc says its version and no more."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
