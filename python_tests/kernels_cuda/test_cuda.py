@@ -18,10 +18,11 @@ import torch
 
 import defgan_fast
 from defgan_fast import Projector, reference
+from defgan_fast.benchmark import gpu
 from defgan_fast.benchmark import run as benchmark
 from defgan_fast.benchmark.generators import moving_generator
 from defgan_fast.kernels import extension, ops
-from defgan_fast.plan import latent_size_of, lower
+from defgan_fast.plan import lower
 
 needs_kernels = pytest.mark.skipif(not ops.kernels_available, reason="the extension is not built")
 needs_cuda_build = pytest.mark.skipif(
@@ -30,7 +31,6 @@ needs_cuda_build = pytest.mark.skipif(
 )
 needs_gpu = pytest.mark.skipif(ops.missing_cuda() is not None, reason=f"no GPU to use: {ops.missing_cuda()}")
 
-MAPPINGS = ("fused", "layered", "split")
 H100 = {"capability": (9, 0), "multiprocessors": 132, "shared_memory": 227 * 1024}
 A100 = {"capability": (8, 0), "multiprocessors": 108, "shared_memory": 163 * 1024}
 
@@ -39,11 +39,15 @@ A100 = {"capability": (8, 0), "multiprocessors": 108, "shared_memory": 163 * 102
 
 
 @functools.cache
+def generator_of(name: str) -> torch.nn.Module:
+    """Returns the same generator every time, so that it is lowered once: lowering checks itself, which takes long."""
+    return moving_generator(name)
+
+
 def lowered(name: str) -> tuple[str, tuple[int, ...]]:
-    """Returns the plan's text and its parameters' elements; lowering checks itself, which takes long."""
-    generator = moving_generator(name)
-    plan = lower(generator, latent_size_of(generator) or 0)
-    return plan.text, tuple(tensor.numel() for tensor in plan.tensors(generator))
+    """Returns the plan's text and its parameters' elements."""
+    plan = gpu.plan_of(generator_of(name))
+    return plan.text, tuple(tensor.numel() for tensor in plan.tensors(generator_of(name)))
 
 
 def schedule(name: str, precision: str, rows: int, device: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def test_every_schedule_covers_the_rows_and_fits(rows: int, device: dict[str, An
 
 
 @needs_kernels
-@pytest.mark.parametrize("mapping", ["auto", *MAPPINGS])
+@pytest.mark.parametrize("mapping", ["auto", *gpu.MAPPINGS])
 def test_max_rows_bounds_the_rows_in_flight(mapping: str) -> None:
     for rows, most in ((10_000, 100), (10, 1), (7, 100)):
         found = schedule("digits", "float16", rows, H100, mapping=mapping, max_rows=most)
@@ -190,21 +194,8 @@ def on_gpu(name: str, images: int, restarts: int) -> tuple[torch.nn.Module, torc
 
 
 def available(name: str, precision: str) -> list[str]:
-    """The mappings that this GPU has for a generator."""
-    gpu = torch.cuda.get_device_properties(0)
-    device = {
-        "capability": (gpu.major, gpu.minor),
-        "multiprocessors": gpu.multi_processor_count,
-        "shared_memory": gpu.shared_memory_per_block_optin,
-    }
-    found = []
-    for mapping in MAPPINGS:
-        try:
-            schedule(name, precision, 10, device, mapping=mapping)
-        except ValueError:
-            continue
-        found.append(mapping)
-    return found
+    """Returns the mappings that this GPU has for a generator."""
+    return gpu.usable_mappings(generator_of(name), precision)
 
 
 def same(a: defgan_fast.Projection, b: defgan_fast.Projection) -> bool:
