@@ -36,7 +36,7 @@ def measure(name: str, steps: list[int], count: int | None, device: torch.device
     def accuracy(x: torch.Tensor) -> float:
         return (classifier(x).argmax(1) == labels).double().mean().item()
 
-    attacked = fgsm(classifier, images, labels, EPSILON)
+    attacked = fgsm(classifier, images, labels, EPSILON, test.value_range)
     rows: list[dict[str, Any]] = [
         {
             "dataset": name,

@@ -12,7 +12,7 @@ import os
 import torch
 from PIL import Image
 
-from defgan_fast.weights import write_atomically
+from defgan_fast.files import write_atomically
 
 
 def to_pixels(images: torch.Tensor, value_range: tuple[float, float] = (0.0, 1.0)) -> torch.Tensor:

@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..precisions import ON_CPU
+from .. import files
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -94,7 +96,5 @@ def _partial(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: an interrupted call must leave what the one before it wrote."""
-    temporary = file.with_name(file.name + ".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(file)
+    """Writes the report whole or not at all: an interrupted call must leave what the one before it wrote."""
+    files.write_json(file, result, indent=1)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from tqdm import tqdm
 
-from defgan_fast import data, pictures, progress, weights
+from defgan_fast import data, files, pictures, progress, weights
 from defgan_fast import device as devices
 from defgan_fast.attacks import fgsm, pgd
 from defgan_fast.training import cli as training
@@ -87,15 +87,14 @@ def run(args: argparse.Namespace) -> int:
     _check_writable(args.out)
     generator = _weights("generator", args.dataset, args.generator).to(device)
     classifier = _weights("classifier", args.dataset, args.classifier).to(device)
-    dataset = data.load(args.dataset, args.root, "test")
-    images = dataset.images[: args.images].to(device)
-    labels = dataset.labels[: args.images].to(device)
+    dataset = data.load(args.dataset, args.root, "test").first(args.images).to(device)
+    images, labels = dataset
     adaptive = min(adaptive, len(images))
     projector = Projector(
         generator, steps=args.steps, restarts=args.restarts, seed=args.seed, backend=args.backend
     )
 
-    attacked = fgsm(classifier, images, labels, EPSILON)
+    attacked = fgsm(classifier, images, labels, EPSILON, dataset.value_range)
     total = 2 * len(images) + adaptive * (ADAPTIVE_STEPS + 2)  # PGD looks at its last point, too
     with progress.bar(total, "projections", "image") as bar:
         started = time.perf_counter()
@@ -128,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         "reconstruction": attacked_defended.images[:COLUMNS],
     }
     pictures.save_png(_draw(rows, classifier, labels), args.out / "demo.png")
-    weights.write_atomically(args.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    files.write_atomically(args.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     print(_table(report))
     print(f"\n{args.out / 'demo.png'}\n{args.out / 'report.json'}")
     return 0

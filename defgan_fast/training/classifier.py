@@ -17,6 +17,7 @@ from torch import nn
 
 from defgan_fast import models
 from defgan_fast.attacks import fgsm
+from defgan_fast.data import Dataset
 from defgan_fast.training import averaging
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.epochs import EpochTrainer, check_settings, steps_of
@@ -67,33 +68,31 @@ class ClassifierTrainer(EpochTrainer):
 
     Args:
         settings: see :class:`ClassifierSettings`.
-        images: [N, C, H, W] float32 in ``value_range``.
-        labels: [N] int64 in 0..classes - 1.
-        data_hash: fingerprint of images and labels, kept with checkpoints.
+        dataset: images [N, C, H, W] float32 and labels [N] in 0..classes - 1; adversarial examples stay in its
+            range.
+        data_hash: fingerprint of the data, kept with checkpoints.
         device: where to train.
         classes: number of classes.
-        value_range: of the pixels; adversarial examples stay in it.
     """
 
     def __init__(
         self,
         settings: ClassifierSettings,
-        images: torch.Tensor,
-        labels: torch.Tensor,
+        dataset: Dataset,
         data_hash: str,
         device: torch.device | str = "cpu",
         classes: int = 10,
-        value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__(
             settings,
-            images,
+            dataset,
             data_hash,
             device,
-            value_range,
-            lambda: models.Classifier(settings.arch, list(images.shape[1:]), classes, settings.variant),
+            lambda: models.Classifier(
+                settings.arch, list(dataset.images.shape[1:]), classes, settings.variant
+            ),
         )
-        self.labels = labels.to(self.device)
+        self.labels = dataset.labels.to(self.device)
         self.average = averaging.copy_of(self.model) if settings.ema else None
 
     @property

@@ -301,7 +301,7 @@ def run_gan(args: argparse.Namespace) -> int:
     out = args.out or generator_path(args.dataset).parent
     dataset = _load(args, "train")
     data_hash = data.fingerprint(dataset)
-    value_range = data.RANGES[args.dataset]
+    value_range = dataset.value_range
     with distributed.joined(wanted) as device:
         compiler = _compiler(device) if args.compile else None
         trainer = WganGp(settings, dataset.images, data_hash, device, compiler)
@@ -373,8 +373,7 @@ def _selection(trainer: WganGp, args: argparse.Namespace) -> quality.GeneratorSe
         classifier = weights.load_classifier(args.classifier)
     elif args.dataset in weights.shipped("classifier"):
         classifier = weights.load_classifier(args.dataset)
-    images, labels = data.load(args.dataset, args.root, "validation")
-    part = data.Dataset(images[: args.evaluate_images], labels[: args.evaluate_images])
+    part = data.load(args.dataset, args.root, "validation").first(args.evaluate_images)
     return quality.GeneratorSelection(
         lambda: trainer.average,
         trainer.samples,
@@ -391,15 +390,12 @@ def run_classifier(args: argparse.Namespace) -> int:
     _use_threads(args.threads)
     device = devices.parse(args.device)
     out = args.out or classifier_path(args.dataset).parent
-    value_range = data.RANGES[args.dataset]
     dataset = data.load(args.dataset, args.root, "train")
-    data_hash = data.fingerprint(dataset, value_range)
+    data_hash = data.fingerprint(dataset)
     more: list[str] = []
     if settings.on != "images":
         dataset, data_hash, more = _reconstructed(dataset, data_hash, settings.on, args)
-    trainer = ClassifierTrainer(
-        settings, dataset.images, dataset.labels, data_hash, device, data.CLASSES[args.dataset], value_range
-    )
+    trainer = ClassifierTrainer(settings, dataset, data_hash, device, data.CLASSES[args.dataset])
     steps = settings.steps(len(dataset.images))
     validation = data.load(args.dataset, args.root, "validation")
     selection = ClassifierSelection(lambda: trainer.result, validation, device)
@@ -445,7 +441,8 @@ def _reconstructed(
     ]
     more = ["--projection-steps", str(args.projection_steps), "--restarts", str(args.restarts)]
     more += ["--generator", str(args.generator)] if args.generator else []
-    return data.Dataset(images, labels), hashlib.sha256(" ".join(words).encode()).hexdigest(), more
+    both = data.Dataset(images, labels, dataset.value_range)
+    return both, hashlib.sha256(" ".join(words).encode()).hexdigest(), more
 
 
 def run_magnet(args: argparse.Namespace) -> int:
@@ -454,16 +451,15 @@ def run_magnet(args: argparse.Namespace) -> int:
         raise ValueError(f"--members must be at least 1, got {args.members}")
     _use_threads(args.threads)
     device = devices.parse(args.device)
-    value_range = data.RANGES[args.dataset]
     train, validation = (data.load(args.dataset, args.root, split) for split in ("train", "validation"))
-    data_hash = data.fingerprint(train, value_range)
+    data_hash = data.fingerprint(train)
     first = _settings(MagnetSettings, {}, args)
     out = args.out or OUT / f"magnet-{args.dataset}"
     for member in range(args.members):
         args.seed = first.seed + member
         settings = _settings(MagnetSettings, {}, args)
         folder = out / f"member-{member}"
-        trainer = MagnetTrainer(settings, train.images, data_hash, device, value_range)
+        trainer = MagnetTrainer(settings, train, data_hash, device)
         loop.run(
             trainer,
             settings.steps(len(train.images)),

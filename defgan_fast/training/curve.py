@@ -11,8 +11,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from defgan_fast.files import write_atomically
 from defgan_fast.training.loop import QUALITY
-from defgan_fast.weights import write_atomically
 
 ERROR_COLOUR, ACCURACY_COLOUR = "#1f5fa8", "#c2410c"
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from defgan_fast import models
+from defgan_fast.data import Dataset
 from defgan_fast.training.batches import Batches
 
 
@@ -48,28 +49,26 @@ class EpochTrainer:
 
     Args:
         settings: a dataclass with epochs, batch, lr and seed.
-        images: [N, C, H, W] float32 in ``value_range``.
+        dataset: images [N, C, H, W] float32; adversarial and noisy ones stay in its range.
         data_hash: fingerprint of the data, kept with checkpoints.
         device: where to train.
-        value_range: of the pixels.
         make_model: the network with its first weights; called under the settings' seed.
     """
 
     def __init__(
         self,
         settings: Any,
-        images: torch.Tensor,
+        dataset: Dataset,
         data_hash: str,
         device: torch.device | str,
-        value_range: tuple[float, float],
         make_model: Callable[[], nn.Module],
     ) -> None:
-        self.options, self.value_range = settings, value_range
+        self.options, self.value_range = settings, dataset.value_range
         self.settings: dict[str, Any] = {**asdict(settings), "data": data_hash}
         # More epochs only continue the run.
         del self.settings["epochs"]
         self.device = torch.device(device)
-        self.images = images.to(self.device)
+        self.images = dataset.images.to(self.device)
         self.step = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -77,7 +76,7 @@ class EpochTrainer:
         self.model = models.to_channels_last(model, self.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.random = torch.Generator().manual_seed(settings.seed)
-        self.batches = Batches(len(images), min(settings.batch, len(images)), self.random)
+        self.batches = Batches(len(dataset), min(settings.batch, len(dataset)), self.random)
 
     def descend(self, loss: torch.Tensor) -> None:
         """One step of the optimiser down a loss."""

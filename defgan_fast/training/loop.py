@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import torch
 
 from defgan_fast import progress
+from defgan_fast.files import write_atomically
 from defgan_fast.training import distributed
-from defgan_fast.weights import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.csv"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from defgan_fast import models
+from defgan_fast.data import Dataset
 from defgan_fast.training.epochs import EpochTrainer, check_settings, steps_of
 
 
@@ -45,28 +46,28 @@ class MagnetTrainer(EpochTrainer):
 
     Args:
         settings: see :class:`MagnetSettings`.
-        images: [N, C, H, W] float32 in ``value_range``.
-        data_hash: fingerprint of the images, kept with checkpoints.
+        dataset: images [N, C, H, W] float32 in [0, 1] or [-1, 1]; their labels are not looked at.
+        data_hash: fingerprint of the data, kept with checkpoints.
         device: where to train.
-        value_range: of the pixels, (0, 1) or (-1, 1).
     """
 
     def __init__(
         self,
         settings: MagnetSettings,
-        images: torch.Tensor,
+        dataset: Dataset,
         data_hash: str,
         device: torch.device | str = "cpu",
-        value_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__(
             settings,
-            images,
+            dataset,
             data_hash,
             device,
-            value_range,
             lambda: models.Autoencoder(
-                settings.code_size, settings.width, list(images.shape[1:]), signed=value_range[0] < 0
+                settings.code_size,
+                settings.width,
+                list(dataset.images.shape[1:]),
+                signed=dataset.value_range[0] < 0,
             ),
         )
 

@@ -46,7 +46,7 @@ def measure(
     Args:
         generator: latents [N, k] -> images [N, C, H, W].
         classifier: images -> logits; also the one that is attacked.
-        dataset: images in [0, 1] and labels.
+        dataset: images and labels; the attack stays in its range.
         steps, restarts: L and R.
         count: the first so many images are projected (default: all).
         attacked: the first so many of these are attacked, too (default: all).
@@ -70,7 +70,7 @@ def measure(
     }
     if attacked:
         images, labels = images[:attacked], labels[:attacked]
-        adversarial = fgsm(classifier.eval(), images, labels, EPSILON)
+        adversarial = fgsm(classifier.eval(), images, labels, EPSILON, dataset.value_range)
         attack_hash = f"{data_hash} FGSM {EPSILON} {weights_hash(classifier)}"
         defended, _ = _kept_or_projected(projector, adversarial, attacked, attack_hash, cache)
         figures |= {

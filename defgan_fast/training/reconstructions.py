@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from defgan_fast import progress
+from defgan_fast import files, progress
 from defgan_fast.projector import Projector
-from defgan_fast.weights import write_atomically
 
 IMAGES = "images.npy"
 ERRORS = "errors.npy"
@@ -55,7 +54,7 @@ def cached(
 
     Args:
         projector: its generator and settings belong to the key; its seed must be an int.
-        images: [N, C, H, W] in the generator's range.
+        images: [N, C, H, W] in the generator's range, on any device.
         data_hash: fingerprint of the images, part of the key.
         folder: of all caches; this one's lies below it.
         limit: only the first so many images now; the rest of the file stays for a later call.
@@ -71,12 +70,13 @@ def cached(
     if projector.seed is None:
         raise ValueError("projector must have a seed to be cached, got seed=None")
     count = len(images) if limit is None else min(limit, len(images))
+    device = next(projector.generator.parameters()).device
     settings = _settings(projector, images, data_hash)
     place = folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
     with _locked(place / LOCK):
         if not (place / SETTINGS).exists():
-            write_atomically(place / SETTINGS, (json.dumps(settings, indent=2) + "\n").encode())
+            files.write_json(place / SETTINGS, settings)
         pictures = _mapped(place / IMAGES, tuple(images.shape))
         errors = _mapped(place / ERRORS, (len(images),))
         done = _done(place / DONE)
@@ -86,7 +86,7 @@ def cached(
                 for start in range(block.start, block.stop, GROUP):
                     rows = slice(start, min(start + GROUP, block.stop))
                     with torch.no_grad():
-                        found = projector.project(images[rows])
+                        found = projector.project(images[rows].to(device))
                     pictures[rows] = found.images.cpu().numpy()
                     errors[rows] = found.errors.cpu().numpy()
                     bar.update(rows.stop - rows.start)
@@ -94,7 +94,7 @@ def cached(
                 pictures.flush()
                 errors.flush()
                 done = block.stop
-                write_atomically(place / DONE, json.dumps({"images": done}).encode())
+                files.write_json(place / DONE, {"images": done}, indent=None)
     return Reconstructions(torch.from_numpy(pictures[:count]), torch.from_numpy(errors[:count]))
 
 
@@ -111,6 +111,7 @@ def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dic
     """Everything that the reconstructions depend on."""
     from defgan_fast._version import __version__
 
+    one = images[:1].to(next(projector.generator.parameters()).device)
     return {
         "generator": weights_hash(projector.generator),
         "generator_class": type(projector.generator).__name__,
@@ -123,8 +124,8 @@ def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dic
         "lr_decay": projector.lr_decay,
         "decay_at": projector.decay_at,
         "seed": projector.seed,
-        "precision": projector.precision_for(images[:1]),
-        "backend": projector.backend_for(images[:1]),
+        "precision": projector.precision_for(one),
+        "backend": projector.backend_for(one),
         "defgan_fast": __version__,
     }
 
@@ -153,7 +154,7 @@ def _mapped(path: Path, shape: Sequence[int]) -> np.memmap:
             partial.unlink()
             reason = f"{os.strerror(error.errno or 0)}, reserving space for"
             raise OSError(error.errno, reason, str(path)) from None
-        os.replace(partial, path)
+        files.publish(partial, path)
     try:
         # Read-only first: opened for writing, a file that is too short would silently be made longer.
         np.lib.format.open_memmap(path, mode="r")

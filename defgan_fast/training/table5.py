@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from defgan_fast import data, weights
+from defgan_fast import data, files, weights
 from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
 from defgan_fast.training.classifier import accuracy
 from defgan_fast.training.selection import KEEP
@@ -77,13 +77,11 @@ def run(args: argparse.Namespace) -> int:
             cli.run_classifier(parser.parse_args(words))
             file = out / cli.CLASSIFIER_FILE
             results.setdefault(name, {})[row] = entry(file, data.load(name, args.root, "test"))
-            weights.write_atomically(
-                args.json, (json.dumps(results, indent=2, sort_keys=True) + "\n").encode()
-            )
+            files.write_atomically(args.json, (json.dumps(results, indent=2, sort_keys=True) + "\n").encode())
     text = table(results)
     print(text)
     if args.markdown:
-        weights.write_atomically(args.markdown, insert(args.markdown.read_text(), text).encode())
+        files.write_atomically(args.markdown, insert(args.markdown.read_text(), text).encode())
     return 0
 
 

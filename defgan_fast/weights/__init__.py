@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import nn
 
-from defgan_fast import models
+from defgan_fast import files, models
 
 FOLDER = Path(__file__).parent
 SUFFIX = ".safetensors"
@@ -65,7 +64,7 @@ def save(
     card: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the module's weights with its card, atomically: temporary name, fsync, rename.
+    """Writes the module's weights with its card, whole or not at all.
 
     Args:
         module: one of :mod:`defgan_fast.models`, which keep their constructor arguments as ``config``.
@@ -91,29 +90,12 @@ def save(
     for key, value in module.state_dict().items():
         stored = value.detach().cpu().contiguous()
         tensors[key] = stored.to(dtype) if dtype is not None and stored.is_floating_point() else stored
-    write_atomically(path, serialise(tensors, metadata=metadata))
+    files.write_atomically(path, serialise(tensors, metadata=metadata))
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The card of a weight file; errors as for :func:`load_generator`."""
     return json.loads(_read(Path(path))[0]["card"])
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file so that a crash, a full disk or a reader at any moment sees the old one or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _load(name_or_path: str | os.PathLike[str], kind: str) -> nn.Module:

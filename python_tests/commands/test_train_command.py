@@ -172,7 +172,9 @@ def test_quality_measures_what_it_says():
     classifier = weights.load_classifier("digits")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = quality.measure(Constant(), classifier, data.Dataset(images, labels), steps=1, restarts=1)
+        found = quality.measure(
+            Constant(), classifier, data.Dataset(images, labels, (0.0, 1.0)), steps=1, restarts=1
+        )
     errors = (images - images[:1]).square().mean((1, 2, 3))
     assert found["reconstruction_error"] == pytest.approx(errors.mean().item(), rel=1e-5)
     # Every reconstruction is the first image, whatever was asked for.

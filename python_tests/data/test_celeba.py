@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 
 from defgan_fast import cli, data, models, weights
+from defgan_fast.data import celeba as celeba_files
 from defgan_fast.plan import lower
 from defgan_fast.projector import Projector
+from defgan_fast.training.selection import ClassifierSelection
 
 # Part, and whether the picture counts as a man.
 FACES = {
@@ -32,10 +34,10 @@ def celeba(tmp_path, monkeypatch):
         picture[109:198, :89], picture[109:198, 89:] = (0, 0, 255), (40 * index,) * 3
         Image.fromarray(picture).save(folder / "img_align_celeba" / name, quality=95, subsampling=0)
     rows = "".join(f"{name} {part}\n" for name, (part, _) in FACES.items())
-    (folder / data.CELEBA_PARTITION).write_text(rows)
+    (folder / celeba_files.PARTITION).write_text(rows)
     header = f"{len(FACES)}\nEyeglasses Male Young\n"
     rows = "".join(f"{name} -1  {male:2d} 1\n" for name, (_, male) in FACES.items())
-    (folder / data.CELEBA_ATTRIBUTES).write_text(header + rows)
+    (folder / celeba_files.ATTRIBUTES).write_text(header + rows)
     monkeypatch.setenv("DEFGAN_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
@@ -63,11 +65,19 @@ def test_parts_labels_and_pixels(celeba):
 
 
 def test_8_bit_pixels_are_the_same_images(celeba):
-    pixels, labels = data.celeba_pixels(split="train")
+    pixels, _ = data.celeba_pixels(split="train")
     dataset = data.load("celeba", split="train")
     assert pixels.dtype == torch.uint8
     assert torch.equal(data.to_range(pixels, (-1.0, 1.0)), dataset.images)
-    assert data.fingerprint(data.Dataset(pixels, labels)) == data.fingerprint(dataset, (-1.0, 1.0))
+    assert data.fingerprint(data.celeba_pixels(split="train")) == data.fingerprint(dataset)
+    assert dataset.value_range == (-1.0, 1.0)
+
+
+def test_a_selection_knows_its_images(celeba):
+    """What quality was measured on is recorded; images in [-1, 1] were once taken for images in [0, 1]."""
+    selection = ClassifierSelection(lambda: torch.nn.Identity(), data.load("celeba", split="validation"))
+    expected = data.fingerprint(data.celeba_pixels(split="validation"))
+    assert selection.settings()["validation data"] == expected
 
 
 def test_the_images_may_lie_beside_the_lists(celeba):
@@ -89,19 +99,19 @@ def test_what_is_missing_or_damaged_is_named(celeba, tmp_path):
         FileNotFoundError, match=r"no such file: 000002.jpg of celeba; looked in .*img_align_celeba"
     ):
         data.load("celeba")
-    attributes = (celeba / data.CELEBA_ATTRIBUTES).read_text()
-    (celeba / data.CELEBA_ATTRIBUTES).write_text(attributes.replace("Male", "Smiling"))
+    attributes = (celeba / celeba_files.ATTRIBUTES).read_text()
+    (celeba / celeba_files.ATTRIBUTES).write_text(attributes.replace("Male", "Smiling"))
     with pytest.raises(
         ValueError, match=r"list_attr_celeba.txt must name the attribute Male in its second line"
     ):
         data.load("celeba")
-    (celeba / data.CELEBA_ATTRIBUTES).write_text(attributes.replace("000003.jpg -1", "000003.jpg"))
+    (celeba / celeba_files.ATTRIBUTES).write_text(attributes.replace("000003.jpg -1", "000003.jpg"))
     with pytest.raises(ValueError, match=r"list_attr_celeba.txt must have 4 columns, got 3 in row 5"):
         data.load("celeba")
-    (celeba / data.CELEBA_ATTRIBUTES).unlink()
+    (celeba / celeba_files.ATTRIBUTES).unlink()
     with pytest.raises(FileNotFoundError, match=r"no such file: .*list_attr_celeba.txt"):
         data.load("celeba")
-    (celeba / data.CELEBA_PARTITION).write_text("000001.jpg\n")
+    (celeba / celeba_files.PARTITION).write_text("000001.jpg\n")
     with pytest.raises(ValueError, match=r"list_eval_partition.txt must have 2 columns, got 1 in row 1"):
         data.load("celeba")
     with pytest.raises(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from defgan_fast import data
+from defgan_fast.data import digits, idx
 
 
 @pytest.fixture
@@ -18,18 +19,18 @@ def tiny_mnist(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     checksums = {}
-    for images, labels in data.FILES.values():
+    for images, labels in idx.FILES.values():
         pixels = random.integers(0, 256, (2, 28, 28), dtype=np.uint8)
-        idx = {
+        contents = {
             images: bytes((0, 0, 8, 3)) + np.array((2, 28, 28), ">u4").tobytes() + pixels.tobytes(),
             labels: bytes((0, 0, 8, 1)) + np.array((2,), ">u4").tobytes() + bytes((3, 7)),
         }
-        for name, content in idx.items():
+        for name, content in contents.items():
             (folder / name).write_bytes(gzip.compress(content, mtime=0))
             checksums[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    monkeypatch.setitem(data.SHA256, "mnist", checksums)
-    monkeypatch.setitem(data.MIRRORS, "mnist", ())
-    monkeypatch.setattr(data, "TRAIN_IMAGES", 1)
+    monkeypatch.setitem(idx.SHA256, "mnist", checksums)
+    monkeypatch.setitem(idx.MIRRORS, "mnist", ())
+    monkeypatch.setattr(idx, "TRAIN_IMAGES", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("DEFGAN_DATA", raising=False)
     return folder
@@ -39,7 +40,7 @@ def test_digits_parts_are_disjoint_stratified_and_whole():
     from sklearn.datasets import load_digits
 
     labels = load_digits().target
-    parts = data.split_digits(labels)
+    parts = digits.split_indices(labels)
     assert [len(parts[name]) for name in data.SPLITS] == [1297, 200, 300]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1797))
     for part in parts.values():
@@ -85,7 +86,7 @@ def test_resize_is_catmull_rom_interpolation():
             matrix[i, min(max(j, 0), 9)] += kernel(position - j)
     padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1))) / 16
     expected = np.clip(3 * (matrix @ padded @ matrix.T - 0.3), 0, 1) * 255
-    assert np.abs(data.resize_digits(pixels) - expected).max() <= 0.5 + 1e-9
+    assert np.abs(digits.resize(pixels) - expected).max() <= 0.5 + 1e-9
 
 
 def test_resize_aligns_like_interpolate():
@@ -96,20 +97,18 @@ def test_resize_aligns_like_interpolate():
     expected = F.interpolate(padded, size=28, mode="bicubic", align_corners=False)[0, 0]
     # PyTorch's kernel has a = -0.75 where Catmull-Rom has -0.5, hence the tolerance.
     stretched = (3 * (expected - 0.3)).clamp(0, 1).numpy()
-    assert np.abs(data.resize_digits(pixels)[0] / 255 - stretched).max() < 0.15
-    centre = (np.indices((28, 28)) * data.resize_digits(pixels)[0]).sum((1, 2)) / data.resize_digits(
-        pixels
-    ).sum()
+    assert np.abs(digits.resize(pixels)[0] / 255 - stretched).max() < 0.15
+    centre = (np.indices((28, 28)) * digits.resize(pixels)[0]).sum((1, 2)) / digits.resize(pixels).sum()
     assert centre == pytest.approx([(4.5 + 0.5) * 2.8 - 0.5, (3 + 0.5) * 2.8 - 0.5], abs=0.1)
 
 
 def test_fingerprint_sees_pixels_and_labels():
     images, labels = data.load("digits", split="validation")
-    base = data.fingerprint(data.Dataset(images, labels))
+    base = data.fingerprint(data.Dataset(images, labels, (0.0, 1.0)))
     changed = images.clone()
     changed[0, 0, 14, 14] = 1 - changed[0, 0, 14, 14]
-    assert data.fingerprint(data.Dataset(changed, labels)) != base
-    assert data.fingerprint(data.Dataset(images, labels.flip(0))) != base
+    assert data.fingerprint(data.Dataset(changed, labels, (0.0, 1.0))) != base
+    assert data.fingerprint(data.Dataset(images, labels.flip(0), (0.0, 1.0))) != base
 
 
 def test_idx_files_by_root_environment_and_cache(tiny_mnist, tmp_path, monkeypatch):
@@ -118,19 +117,19 @@ def test_idx_files_by_root_environment_and_cache(tiny_mnist, tmp_path, monkeypat
     assert labels.tolist() == [3]
     assert data.load("mnist", tiny_mnist.parent, "validation").labels.tolist() == [7]
     monkeypatch.setenv("DEFGAN_DATA", str(tiny_mnist.parent))
-    raw = gzip.decompress((tiny_mnist / data.FILES["test"][0]).read_bytes())[16:]
+    raw = gzip.decompress((tiny_mnist / idx.FILES["test"][0]).read_bytes())[16:]
     test = data.load("mnist", split="test")
     assert test.images.shape == (2, 1, 28, 28)
     assert (test.images * 255).round().byte().numpy().tobytes() == raw
 
 
 def test_missing_files_name_every_place(tiny_mnist, tmp_path, monkeypatch):
-    (tiny_mnist / data.FILES["test"][1]).unlink()
+    (tiny_mnist / idx.FILES["test"][1]).unlink()
     with pytest.raises(FileNotFoundError, match=r"t10k-labels-idx1-ubyte.gz") as caught:
         data.load("mnist", tiny_mnist, "test")
     assert str(tiny_mnist) in str(caught.value)
     monkeypatch.setenv("DEFGAN_DATA", str(tmp_path / "elsewhere"))
-    monkeypatch.setitem(data.MIRRORS, "mnist", ((tmp_path / "mirror").as_uri() + "/",))
+    monkeypatch.setitem(idx.MIRRORS, "mnist", ((tmp_path / "mirror").as_uri() + "/",))
     with pytest.raises(FileNotFoundError, match=r"no such file: t10k-images-idx3-ubyte.gz") as caught:
         data.load("mnist", split="test")
     message = str(caught.value)
@@ -140,17 +139,17 @@ def test_missing_files_name_every_place(tiny_mnist, tmp_path, monkeypatch):
 
 
 def test_download_goes_to_the_cache(tiny_mnist, tmp_path, monkeypatch):
-    monkeypatch.setitem(data.MIRRORS, "mnist", (tiny_mnist.as_uri() + "/",))
+    monkeypatch.setitem(idx.MIRRORS, "mnist", (tiny_mnist.as_uri() + "/",))
     first = data.load("mnist", split="train")
-    monkeypatch.setitem(data.MIRRORS, "mnist", ())
+    monkeypatch.setitem(idx.MIRRORS, "mnist", ())
     assert torch.equal(first.images, data.load("mnist", split="train").images)
     kept = sorted(path.name for path in (tmp_path / "cache" / "defgan_fast" / "mnist").iterdir())
-    assert kept == sorted(data.FILES["train"])
+    assert kept == sorted(idx.FILES["train"])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered"])
 def test_damaged_file_is_named(tiny_mnist, damage):
-    path = tiny_mnist / data.FILES["train"][0]
+    path = tiny_mnist / idx.FILES["train"][0]
     content = path.read_bytes()
     path.write_bytes(content[:-100] if damage == "truncated" else content[:50] + b"x" + content[51:])
     with pytest.raises(ValueError, match=r"truncated or altered: expected SHA-256") as caught:

@@ -1,5 +1,6 @@
 """The cache of reconstructions: what is in it, what its key depends on, and two runs, a kill and a full disk."""
 
+import copy
 import errno
 import os
 import subprocess
@@ -60,6 +61,25 @@ def test_nothing_is_computed_twice(generator, images, tmp_path, monkeypatch):
     again = cached(projector(generator), images, "hash", tmp_path)
     assert sum(calls) == len(images)
     assert torch.equal(again.images, whole.images)
+
+
+def test_images_follow_the_generator_to_its_device(generator, images, tmp_path, monkeypatch):
+    """A projector on another device was once given images of the CPU; the meta device stands for a GPU."""
+    elsewhere = copy.deepcopy(generator).to("meta")
+    moved, expected = projector(elsewhere), projector(generator)
+    seen = []
+
+    def project(batch):
+        seen.append(batch.device.type)
+        return expected.project(torch.zeros(batch.shape))
+
+    monkeypatch.setattr(moved, "project", project)
+    monkeypatch.setattr(moved, "precision_for", lambda one: seen.append(one.device.type))
+    monkeypatch.setattr(moved, "backend_for", lambda one: seen.append(one.device.type))
+    monkeypatch.setattr(reconstructions, "weights_hash", lambda module: "hash of the weights")
+    found = cached(moved, images, "hash", tmp_path, limit=3)
+    assert set(seen) == {"meta"}
+    assert found.images.device.type == "cpu"
 
 
 def test_the_key_depends_on_generator_settings_and_data(generator, images, tmp_path):
@@ -178,7 +198,7 @@ def test_train_classifier_on_reconstructions(on, generator, tmp_path, monkeypatc
     """What the trainer gets, and that the command says it."""
     weights.save(generator, tmp_path / "g.safetensors", {})
     small = data.load("digits", split="validation")
-    part = data.Dataset(small.images[:30], small.labels[:30])
+    part = small.first(30)
     monkeypatch.setattr(data, "load", lambda *_: part)
     seen = []
     keep_trainers(monkeypatch, seen)

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from defgan_fast import data
 from defgan_fast.training import loop
 from defgan_fast.training.classifier import ClassifierSettings, ClassifierTrainer
 from defgan_fast.training.wgan_gp import GanSettings, WganGp
@@ -32,7 +33,7 @@ def make_trainer(kind, images, **changes):
         return WganGp(settings, images, "hash")
     # D has dropout, whose random numbers are PyTorch's own.
     settings = ClassifierSettings(**{"arch": "D", "batch": 7, "augment": 1.0, **changes})
-    return ClassifierTrainer(settings, images, torch.arange(40) % 10, "hash")
+    return ClassifierTrainer(settings, data.Dataset(images, torch.arange(40) % 10, (0.0, 1.0)), "hash")
 
 
 def tensors(state):

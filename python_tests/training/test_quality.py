@@ -51,7 +51,7 @@ class Constant(nn.Module):
 
 def evaluate(values, classifier, steps=None):
     """One evaluation for each value that the generator has in turn."""
-    dataset = data.Dataset(shade(0.5, 0.5, 0.0), torch.tensor([1, 1, 0]))
+    dataset = data.Dataset(shade(0.5, 0.5, 0.0), torch.tensor([1, 1, 0]), (0.0, 1.0))
     now = {}
     evaluation = quality.GeneratorSelection(
         lambda: now["generator"], lambda count: shade(*[0.5] * count), dataset, classifier, 1, 1

@@ -90,7 +90,7 @@ def test_average_follows_the_classifier():
     """Over four steps, written out; and it goes on where a checkpoint left it."""
     train = data.load("digits", split="validation")
     settings = ClassifierSettings(arch="E", batch=32, ema=0.2)
-    trainer = ClassifierTrainer(settings, train.images, train.labels, "hash")
+    trainer = ClassifierTrainer(settings, train, "hash")
     expected = [p.clone() for p in trainer.model.parameters()]
     for decay in (1 / 10, 2 / 11, 0.2, 0.2):
         trainer.advance()
@@ -98,7 +98,7 @@ def test_average_follows_the_classifier():
             decay * old + (1 - decay) * new
             for old, new in zip(expected, trainer.model.parameters(), strict=True)
         ]
-        resumed = ClassifierTrainer(settings, train.images, train.labels, "hash")
+        resumed = ClassifierTrainer(settings, train, "hash")
         resumed.restore(trainer.state())
         resumed.step = trainer.step
         trainer = resumed
@@ -233,7 +233,7 @@ def test_gan_learns_the_mean_image():
 def test_classifier_learns_the_digits():
     train, held_out = data.load("digits"), data.load("digits", split="validation")
     settings = ClassifierSettings(arch="E", epochs=8)
-    trainer = ClassifierTrainer(settings, train.images, train.labels, "hash")
+    trainer = ClassifierTrainer(settings, train, "hash")
     for _ in range(settings.steps(len(train.images))):
         trainer.advance()
     assert trainer.step == 8 * 10
@@ -247,7 +247,7 @@ def test_adversarial_training_resists_its_attack():
     found = []
     for epsilon in (0.0, 0.3):
         settings = ClassifierSettings(arch="E", epochs=12, adversarial=epsilon)
-        trainer = ClassifierTrainer(settings, train.images, train.labels, "hash")
+        trainer = ClassifierTrainer(settings, train, "hash")
         for _ in range(settings.steps(len(train.images))):
             trainer.advance()
         attacked = fgsm(trainer.model.eval(), *held_out, 0.3)
@@ -256,8 +256,9 @@ def test_adversarial_training_resists_its_attack():
 
 
 def test_magnet_learns_to_denoise():
-    images = data.load("digits").images
-    trainer = MagnetTrainer(MagnetSettings(width=16, code_size=64, batch=64), images, "hash")
+    dataset = data.load("digits")
+    images = dataset.images
+    trainer = MagnetTrainer(MagnetSettings(width=16, code_size=64, batch=64), dataset, "hash")
     errors = [float(trainer.advance()["reconstruction_error"]) for _ in range(60)]
     # The best constant image has an error of the images' variance.
     assert errors[-1] < 0.6 * images.var(0).mean() < errors[0]
