@@ -12,56 +12,48 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from defgan_fast import Projector, data, weights
-from defgan_fast.attacks import fgsm
+from defgan_fast import Projector, data, files, weights
+from defgan_fast.evaluation import transfer
+from defgan_fast.evaluation.metrics import accuracy
+from defgan_fast.evaluation.projection import project
 
-EPSILON = 0.3
+RESTARTS = 10
 
 
 def measure(name: str, steps: list[int], count: int | None, device: torch.device) -> list[dict[str, Any]]:
-    """One row for the classifier alone, then one for each number of steps and kind of images."""
-    test = data.load(name, split="test")
-    images, labels = test.images[:count].to(device), test.labels[:count].to(device)
-    classifier = weights.load_classifier(name).eval().to(device)
-    generator = weights.load_generator(name).eval().to(device)
-
-    @torch.no_grad()
-    def accuracy(x: torch.Tensor) -> float:
-        return (classifier(x).argmax(1) == labels).double().mean().item()
-
-    attacked = fgsm(classifier, images, labels, EPSILON, test.value_range)
+    """Returns one row for the classifier alone, then one for each number of steps and kind of images."""
+    test = data.load(name, split="test").first(count).to(device)
+    classifier = weights.load_classifier(name).to(device)
+    generator = weights.load_generator(name).to(device)
+    attacked = transfer.attacked(classifier, test)
     rows: list[dict[str, Any]] = [
         {
             "dataset": name,
-            "images": len(images),
-            "classifier_clean": accuracy(images),
-            "classifier_attacked": accuracy(attacked),
+            "images": len(test),
+            "classifier_clean": accuracy(classifier, test.images, test.labels),
+            "classifier_attacked": accuracy(classifier, attacked.images, attacked.labels),
         }
     ]
     print(json.dumps(rows[0]), flush=True)
     for number in steps:
-        projector = Projector(generator, steps=number, restarts=10)  # its default seed
-        for kind, given in (("clean", images), ("fgsm", attacked)):
-            start = time.perf_counter()
-            with torch.no_grad():
-                found = projector.project(given)
-            error = found.errors.mean().item()  # waits for the device
-            seconds = time.perf_counter() - start
+        projector = Projector(generator, steps=number, restarts=RESTARTS)  # its default seed
+        for kind, given in (("clean", test), ("fgsm", attacked)):
+            found = transfer.defend(classifier, given, partial(project, projector))
             rows.append(
                 {
                     "dataset": name,
                     "steps": number,
                     "images_are": kind,
-                    "accuracy": accuracy(found.images),
-                    "mean_error": error,
-                    "seconds": seconds,
+                    "accuracy": found.accuracy_defended,
+                    "mean_error": found.reconstructions.errors.mean().item(),
+                    "seconds": found.seconds,
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
@@ -77,22 +69,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "precision": "float16" if device.type == "cuda" else "float32",  # what "auto" means
-        "restarts": 10,
-        "epsilon": EPSILON,
+        "restarts": RESTARTS,
+        "epsilon": transfer.EPSILON,
         "rows": [],
     }
     for name in args.dataset or ["digits"]:
         result["rows"] += measure(name, args.steps, args.images, device)
         if args.json:
-            partial = args.json.with_name(args.json.name + ".partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.replace(args.json)
+            files.write_json(args.json, result, indent=1)
 
 
 if __name__ == "__main__":

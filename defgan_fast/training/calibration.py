@@ -15,7 +15,7 @@ import copy
 import torch
 from torch import nn
 
-from defgan_fast.training.quality import reconstruction_error
+from defgan_fast.evaluation.quality import reconstruction_error
 
 # Each multiplies the curvature by about 0.7; below the last the rate would be less than a tenth of the paper's.
 FACTORS = (1.0, 0.84, 0.71, 0.59, 0.5, 0.42, 0.35)

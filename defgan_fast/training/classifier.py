@@ -132,14 +132,3 @@ class ClassifierTrainer(EpochTrainer):
     def _attack(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Without dropout: the examples are to be those of the network that will be attacked.
         return fgsm(self.model.eval(), images, labels, self.options.adversarial, self.value_range)
-
-
-@torch.no_grad()
-def predict(classifier: nn.Module, images: torch.Tensor, batch: int = 256) -> torch.Tensor:
-    """[N, C, H, W] -> [N] int64, the class of the largest logit, in batches that bound the memory."""
-    return torch.cat([classifier(part).argmax(1) for part in images.split(batch)])
-
-
-def accuracy(classifier: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images [N, C, H, W] whose label [N] the classifier finds; it is put in eval mode."""
-    return float((predict(classifier.eval(), images) == labels).double().mean())

@@ -21,13 +21,16 @@ from torch import nn
 
 from defgan_fast import data, pictures, weights
 from defgan_fast import device as devices
+from defgan_fast.evaluation import cache as reconstructions
+from defgan_fast.evaluation import quality
+from defgan_fast.evaluation.metrics import accuracy
 from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
 from defgan_fast.projector import Projector
-from defgan_fast.training import curve, distributed, loop, quality, reconstructions, table5
+from defgan_fast.training import curve, distributed, loop, table5
 from defgan_fast.training.calibration import calibrate
-from defgan_fast.training.classifier import SOURCES, ClassifierSettings, ClassifierTrainer, accuracy
+from defgan_fast.training.classifier import SOURCES, ClassifierSettings, ClassifierTrainer
 from defgan_fast.training.magnet import MagnetSettings, MagnetTrainer
-from defgan_fast.training.selection import KEEP, ClassifierSelection
+from defgan_fast.training.selection import KEEP, ClassifierSelection, GeneratorSelection
 from defgan_fast.training.wgan_gp import GENERATORS, PRECISIONS, GanSettings, WganGp
 
 OUT = Path("out") / "train"
@@ -367,14 +370,14 @@ def _calibrated(generator: nn.Module, args: argparse.Namespace) -> tuple[nn.Modu
     return generator, {"latent_factor": factor, "quality": {"validation": measured}}
 
 
-def _selection(trainer: WganGp, args: argparse.Namespace) -> quality.GeneratorSelection:
+def _selection(trainer: WganGp, args: argparse.Namespace) -> GeneratorSelection:
     classifier = None
     if args.classifier is not None:
         classifier = weights.load_classifier(args.classifier)
     elif args.dataset in weights.shipped("classifier"):
         classifier = weights.load_classifier(args.dataset)
     part = data.load(args.dataset, args.root, "validation").first(args.evaluate_images)
-    return quality.GeneratorSelection(
+    return GeneratorSelection(
         lambda: trainer.average,
         trainer.samples,
         part,

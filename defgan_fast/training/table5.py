@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from defgan_fast import data, files, weights
+from defgan_fast.evaluation.metrics import accuracy
 from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
-from defgan_fast.training.classifier import accuracy
 from defgan_fast.training.selection import KEEP
 
 # "No attack" of table 4; E and F, the substitutes, have none.

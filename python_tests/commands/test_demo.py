@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from defgan_fast import cli, data, models, weights
+from defgan_fast import cli, data, models, pictures, weights
 from defgan_fast.attacks import fgsm
+from defgan_fast.evaluation.metrics import score_samples
 from defgan_fast.experiments import demo
-from defgan_fast.training.quality import score_samples
 
 KEYS = [
     "dataset",
@@ -68,8 +68,8 @@ def test_picture(small):
         assert picture.width > picture.height > 300
         # Labels in both colours: what the classifier gets right and what it gets wrong.
         colours = {colour for _, colour in picture.getcolors(1 << 20)}
-        assert demo.GOOD in colours
-        assert demo.BAD in colours
+        assert pictures.GOOD in colours
+        assert pictures.BAD in colours
     assert sorted(path.name for path in out.iterdir()) == ["demo.png", "report.json"]
 
 

@@ -9,9 +9,10 @@ from PIL import Image
 from torch import nn
 
 from defgan_fast import cli, data, weights
+from defgan_fast.evaluation import quality
+from defgan_fast.evaluation.metrics import accuracy
 from defgan_fast.training import cli as training
-from defgan_fast.training import loop, quality
-from defgan_fast.training.classifier import accuracy
+from defgan_fast.training import loop
 
 
 def test_train_gan(tmp_path, capsys):

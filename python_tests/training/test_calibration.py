@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from defgan_fast import Projector, cli, data, models, weights
-from defgan_fast.training import calibration, quality
+from defgan_fast.evaluation import quality
+from defgan_fast.training import calibration
 
 
 def steep(factor=1.0):

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from defgan_fast import cli, data, models, weights
-from defgan_fast.training import curve, loop, quality, table5
+from defgan_fast.evaluation.metrics import score_samples
+from defgan_fast.training import curve, loop, table5
+from defgan_fast.training.selection import GeneratorSelection
 
 
 class Shades(nn.Module):
@@ -25,14 +27,14 @@ def shade(*levels):
 
 
 def test_samples_of_one_class_and_of_all():
-    one = quality.score_samples(Shades(), shade(0.0, 0.01, 0.02))
+    one = score_samples(Shades(), shade(0.0, 0.01, 0.02))
     assert one["sample_balance"] == pytest.approx(0, abs=1e-6)
     assert one["sample_confidence"] > 0.99
-    both = quality.score_samples(Shades(), shade(0.0, 0.5))
+    both = score_samples(Shades(), shade(0.0, 0.5))
     assert both["sample_balance"] == pytest.approx(math.log(2) / math.log(3), abs=1e-6)
-    equal = quality.score_samples(Shades(), shade(0.0, 0.5, 1.0))
+    equal = score_samples(Shades(), shade(0.0, 0.5, 1.0))
     assert equal["sample_balance"] == pytest.approx(1, abs=1e-6)
-    unsure = quality.score_samples(Shades(), shade(0.25, 0.75))
+    unsure = score_samples(Shades(), shade(0.25, 0.75))
     assert unsure["sample_confidence"] == pytest.approx(0.5, abs=0.01)
 
 
@@ -53,7 +55,7 @@ def evaluate(values, classifier, steps=None):
     """One evaluation for each value that the generator has in turn."""
     dataset = data.Dataset(shade(0.5, 0.5, 0.0), torch.tensor([1, 1, 0]), (0.0, 1.0))
     now = {}
-    evaluation = quality.GeneratorSelection(
+    evaluation = GeneratorSelection(
         lambda: now["generator"], lambda count: shade(*[0.5] * count), dataset, classifier, 1, 1
     )
     with warnings.catch_warnings():

@@ -6,9 +6,10 @@ from torch import nn
 
 from defgan_fast import data, models
 from defgan_fast.attacks import fgsm
+from defgan_fast.evaluation.metrics import accuracy
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
-from defgan_fast.training.classifier import ClassifierSettings, ClassifierTrainer, accuracy
+from defgan_fast.training.classifier import ClassifierSettings, ClassifierTrainer
 from defgan_fast.training.cli import command
 from defgan_fast.training.critic_gradients import critic_gradients
 from defgan_fast.training.magnet import MagnetSettings, MagnetTrainer

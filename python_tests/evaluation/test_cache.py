@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from defgan_fast import cli, data, models, weights
+from defgan_fast.evaluation import cache
+from defgan_fast.evaluation.cache import cached
 from defgan_fast.projector import Projector
-from defgan_fast.training import reconstructions
-from defgan_fast.training.reconstructions import cached
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_images_follow_the_generator_to_its_device(generator, images, tmp_path, 
     monkeypatch.setattr(moved, "project", project)
     monkeypatch.setattr(moved, "precision_for", lambda one: seen.append(one.device.type))
     monkeypatch.setattr(moved, "backend_for", lambda one: seen.append(one.device.type))
-    monkeypatch.setattr(reconstructions, "weights_hash", lambda module: "hash of the weights")
+    monkeypatch.setattr(cache, "weights_hash", lambda module: "hash of the weights")
     found = cached(moved, images, "hash", tmp_path, limit=3)
     assert set(seen) == {"meta"}
     assert found.images.device.type == "cpu"
@@ -108,11 +108,11 @@ def test_the_key_depends_on_generator_settings_and_data(generator, images, tmp_p
 def test_a_damaged_file_is_named(generator, images, tmp_path):
     cached(projector(generator), images, "hash", tmp_path, limit=1)
     (place,) = tmp_path.iterdir()
-    content = (place / reconstructions.IMAGES).read_bytes()
-    (place / reconstructions.IMAGES).write_bytes(content[:1000])
+    content = (place / cache.IMAGES).read_bytes()
+    (place / cache.IMAGES).write_bytes(content[:1000])
     with pytest.raises(ValueError, match=r"images.npy is truncated or not an array .*; delete its folder"):
         cached(projector(generator), images, "hash", tmp_path)
-    np.save(place / reconstructions.IMAGES, np.zeros(3, np.float32))
+    np.save(place / cache.IMAGES, np.zeros(3, np.float32))
     with pytest.raises(ValueError, match=r"images.npy must be float32 \(62, 1, 28, 28\), got float32 \(3,\)"):
         cached(projector(generator), images, "hash", tmp_path)
 
@@ -138,10 +138,10 @@ TWO_AND_A_KILL = textwrap.dedent(
     torch.set_num_threads(1)
     from defgan_fast import data, models
     from defgan_fast.projector import Projector
-    from defgan_fast.training import reconstructions
+    from defgan_fast.evaluation import cache, projection as projections
 
     folder = pathlib.Path(sys.argv[1])
-    reconstructions.BLOCK = 5
+    projections.LARGEST_GROUP = 5
     images = data.load("digits", split="validation").images[:62]
     torch.manual_seed(2)
     projector = Projector(models.Generator(4, 2), steps=3, restarts=2)
@@ -160,7 +160,7 @@ TWO_AND_A_KILL = textwrap.dedent(
         pid = os.fork()
         if pid:
             return pid
-        reconstructions.cached(projector, images, "hash", folder)
+        cache.cached(projector, images, "hash", folder)
         (folder / f"calls-{number}").write_text(str(calls))
         os._exit(0)
 

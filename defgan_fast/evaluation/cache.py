@@ -17,13 +17,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from defgan_fast import files, progress
+from defgan_fast.evaluation.projection import Reconstructions, device_of, in_groups
 from defgan_fast.projector import Projector
 
 IMAGES = "images.npy"
@@ -31,16 +32,6 @@ ERRORS = "errors.npy"
 DONE = "done.json"
 SETTINGS = "settings.json"
 LOCK = "lock"
-# Images per call of the projector, and images between two records of what is done.
-GROUP = 5
-BLOCK = 10
-
-
-class Reconstructions(NamedTuple):
-    """What the cache holds of one part of a data set; both are mapped files, read page by page."""
-
-    images: torch.Tensor  # [N, C, H, W] float32
-    errors: torch.Tensor  # [N] float32, final mean squared errors
 
 
 def cached(
@@ -50,7 +41,7 @@ def cached(
     folder: Path,
     limit: int | None = None,
 ) -> Reconstructions:
-    """Reconstruct ``images``, or take from the cache what is there.
+    """Reconstructs ``images``, or takes from the cache what is there.
 
     Args:
         projector: its generator and settings belong to the key; its seed must be an int.
@@ -60,7 +51,7 @@ def cached(
         limit: only the first so many images now; the rest of the file stays for a later call.
 
     Returns:
-        The first ``limit`` reconstructions and errors.
+        The first ``limit`` reconstructions and errors on the CPU; both are mapped files, read page by page.
 
     Raises:
         ValueError: the projector draws fresh starting points at each call, or a file in the cache does not
@@ -70,7 +61,6 @@ def cached(
     if projector.seed is None:
         raise ValueError("projector must have a seed to be cached, got seed=None")
     count = len(images) if limit is None else min(limit, len(images))
-    device = next(projector.generator.parameters()).device
     settings = _settings(projector, images, data_hash)
     place = folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
@@ -81,25 +71,20 @@ def cached(
         errors = _mapped(place / ERRORS, (len(images),))
         done = _done(place / DONE)
         with progress.bar(count, "reconstructions", "image", initial=min(done, count)) as bar:
-            while done < count:
-                block = slice(done, min(done + BLOCK, count))
-                for start in range(block.start, block.stop, GROUP):
-                    rows = slice(start, min(start + GROUP, block.stop))
-                    with torch.no_grad():
-                        found = projector.project(images[rows].to(device))
-                    pictures[rows] = found.images.cpu().numpy()
-                    errors[rows] = found.errors.cpu().numpy()
-                    bar.update(rows.stop - rows.start)
+            for rows, found in in_groups(projector, images[done:count]) if done < count else ():
+                block = slice(done + rows.start, done + rows.stop)
+                pictures[block] = found.images.cpu().numpy()
+                errors[block] = found.errors.cpu().numpy()
                 # The data first: what the record counts must be there after a crash.
                 pictures.flush()
                 errors.flush()
-                done = block.stop
-                files.write_json(place / DONE, {"images": done}, indent=None)
+                files.write_json(place / DONE, {"images": block.stop}, indent=None)
+                bar.update(block.stop - block.start)
     return Reconstructions(torch.from_numpy(pictures[:count]), torch.from_numpy(errors[:count]))
 
 
 def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of a module's state."""
+    """Returns the SHA-256 of the names, shapes and values of a module's state."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
@@ -108,10 +93,10 @@ def weights_hash(module: nn.Module) -> str:
 
 
 def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dict[str, Any]:
-    """Everything that the reconstructions depend on."""
+    """Returns everything that the reconstructions depend on."""
     from defgan_fast._version import __version__
 
-    one = images[:1].to(next(projector.generator.parameters()).device)
+    one = images[:1].to(device_of(projector))
     return {
         "generator": weights_hash(projector.generator),
         "generator_class": type(projector.generator).__name__,
@@ -132,7 +117,7 @@ def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dic
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of one cache, waiting for another process if need be."""
+    """Holds the lock of one cache, waiting for another process if need be."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +128,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _mapped(path: Path, shape: Sequence[int]) -> np.memmap:
-    """A float32 array in a file of its full size."""
+    """Opens a float32 array in a file of its full size, which is made if need be."""
     if not path.exists():
         partial = path.with_suffix(".new")
         np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=tuple(shape)).flush()
