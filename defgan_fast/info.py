@@ -7,8 +7,6 @@ would share out the work.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import subprocess
@@ -155,7 +153,8 @@ def _commit() -> str | None:
         return None
 
 
-def _text(found: dict[str, Any]) -> str:
+def text(found: dict[str, Any]) -> str:
+    """Returns what :func:`environment` found as lines of a name and a value."""
     versions, extension, cpu = found["versions"], found["extension"], found["cpu"]
     rows = [(name, value) for name, value in versions.items() if value is not None]
     for name, backend in found["backends"].items():
@@ -176,21 +175,7 @@ def _text(found: dict[str, Any]) -> str:
         for (name, precision), chosen in groupby(
             device["mappings"], key=lambda m: (m["generator"], m["precision"])
         ):
-            text = ", ".join(f"{m['rows']:,} rows {m['mapping'] or m['reason']}" for m in chosen)
-            rows.append((f"  {name} {precision}", text))
+            planned = ", ".join(f"{m['rows']:,} rows {m['mapping'] or m['reason']}" for m in chosen)
+            rows.append((f"  {name} {precision}", planned))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Registers `defgan-fast info`."""
-    parser = subparsers.add_parser("info", help="versions, backends, and how the extension was built")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the report."""
-    found = environment()
-    print(json.dumps(found, indent=2) if args.json else _text(found))
-    return 0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defgan_fast import cli
+from defgan_fast import commands
 from defgan_fast.benchmark import flops, generators, peers, report, run
 from defgan_fast.benchmark.load import OtherLoad
 from defgan_fast.kernels import extension
@@ -187,7 +187,7 @@ def test_only_an_unfinished_file_is_continued(
         return measurement
 
     monkeypatch.setattr(run, "measure", measure)
-    assert cli.main(["bench", "--precision", "float32", "--json", str(file)]) == 0
+    assert commands.main(["bench", "--precision", "float32", "--json", str(file)]) == 0
     assert [case.precision for case in given[0][0]] == ["float32"] * len(run.SIZES)
     assert (given[0][1] is not None) == continued
     assert json.loads(file.read_text())["complete"]
@@ -283,7 +283,7 @@ def test_other_load_leaves_out_this_process():
     ],
 )
 def test_wrong_use_is_one_line(arguments, message, capsys):
-    assert cli.main(["bench", "--quick", *arguments]) == 2
+    assert commands.main(["bench", "--quick", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -309,7 +309,7 @@ def test_options_choose_the_cases(arguments, expected, monkeypatch):
 
     monkeypatch.setattr(run, "measure", measure)
     with pytest.raises(Measured) as called:
-        cli.main(["bench", *arguments])
+        commands.main(["bench", *arguments])
     (cases,) = called.value.args
     assert {((case.images, case.restarts), case.precision) for case in cases} == expected
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from defgan_fast import cli
+from defgan_fast import commands
 
 
 def run(capsys, *words):
     """Exit status, stdout, stderr."""
     try:
-        status = cli.main(words)
+        status = commands.main(words)
     except SystemExit as end:  # argparse's way
         status = end.code
     captured = capsys.readouterr()
@@ -92,24 +92,58 @@ def test_mistakes(name, capsys, tmp_path, monkeypatch):
 
 
 def test_interruption(capsys, monkeypatch):
-    from defgan_fast.training import cli as training
     from defgan_fast.training import loop
 
     def stop(*_, **__):
         raise loop.Interrupted("interrupted at step 3 of 9; continue with --resume")
 
-    monkeypatch.setattr(training.loop, "run", stop)
+    monkeypatch.setattr(loop, "run", stop)
     status, _, errors = run(capsys, "train", "classifier", "--dataset", "digits", "--arch", "E")
     assert status == 130
     assert errors == "defgan-fast: interrupted at step 3 of 9; continue with --resume\n"
 
 
+def test_a_reader_that_has_enough_ends_it_quietly():
+    """As head does, which closes the pipe after its lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        result = subprocess.run(
+            [sys.executable, "-m", "defgan_fast", "info"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.stderr == ""
+    assert result.returncode == commands.BROKEN_PIPE
+
+
+def test_only_the_command_that_was_asked_for_is_imported():
+    """`--help` and a command pay for nothing but themselves."""
+    program = (
+        "import sys; from defgan_fast import commands; commands.build_parser({words!r}); "
+        "print(sorted(name for name in sys.modules if name.startswith('defgan_fast.commands.')))"
+    )
+    for words, expected in ((["--help"], "[]"), (["info"], "['defgan_fast.commands.info']")):
+        result = subprocess.run(
+            [sys.executable, "-c", program.format(words=words)], capture_output=True, text=True, check=True
+        )
+        assert result.stdout.strip() == expected
+
+
+def test_every_command_has_its_file():
+    for name in commands.COMMANDS:
+        args = commands.build_parser().parse_args(["train", "curve", "x"] if name == "train" else [name])
+        assert callable(args.run)
+
+
 def test_a_bug_is_not_taken_for_a_mistake(monkeypatch):
-    from defgan_fast.experiments import demo
+    from defgan_fast.commands import demo
 
     def bug(args):
         raise KeyError("a bug")
 
     monkeypatch.setattr(demo, "run", bug)
     with pytest.raises(KeyError):
-        cli.main(["demo"])
+        commands.main(["demo"])

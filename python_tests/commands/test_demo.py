@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from defgan_fast import cli, data, models, pictures, weights
+from defgan_fast import commands, data, models, pictures, weights
 from defgan_fast.attacks import fgsm
+from defgan_fast.commands import options
 from defgan_fast.evaluation.metrics import score_samples
-from defgan_fast.experiments import demo
 
 KEYS = [
     "dataset",
@@ -34,7 +34,7 @@ SMALL = ["--images", "6", "--images-adaptive", "2", "--steps", "4", "--restarts"
 def small(tmp_path_factory):
     """One small run on the shipped weights: folder and report."""
     out = tmp_path_factory.mktemp("demo")
-    assert cli.main(["demo", *SMALL, "--out", str(out)]) == 0
+    assert commands.main(["demo", *SMALL, "--out", str(out)]) == 0
     return out, json.loads((out / "report.json").read_text())
 
 
@@ -75,7 +75,7 @@ def test_picture(small):
 
 def test_second_run_prints_the_same(small, tmp_path, capsys):
     _, report = small
-    assert cli.main(["demo", *SMALL, "--out", str(tmp_path)]) == 0
+    assert commands.main(["demo", *SMALL, "--out", str(tmp_path)]) == 0
     again = json.loads((tmp_path / "report.json").read_text())
     assert {**again, "seconds_per_image": 0} == {**report, "seconds_per_image": 0}
     out = capsys.readouterr().out
@@ -141,18 +141,18 @@ def test_trained_weights_are_found_where_training_puts_them(tmp_path, monkeypatc
     generator, classifier = models.Generator(5, 2), models.Classifier("E")
     monkeypatch.setattr(weights, "shipped", lambda kind: [])
 
-    assert cli.main(["demo", "--dataset", "mnist", *SMALL]) == 2
+    assert commands.main(["demo", "--dataset", "mnist", *SMALL]) == 2
     message = capsys.readouterr().err
     assert "no generator for mnist at hand" in message
     assert "defgan-fast train gan --dataset mnist --steps" in message
     assert "out/train/gan-mnist/generator.safetensors" in message
 
     weights.save(generator, "out/train/gan-mnist/generator.safetensors", {})
-    assert cli.main(["demo", "--dataset", "mnist", *SMALL]) == 2
+    assert commands.main(["demo", "--dataset", "mnist", *SMALL]) == 2
     assert "train one with: defgan-fast train classifier --dataset mnist, or" in capsys.readouterr().err
 
     weights.save(classifier, "mine.safetensors", {})
-    assert cli.main(["demo", "--dataset", "mnist", *SMALL, "--classifier", "mine.safetensors"]) == 0
+    assert commands.main(["demo", "--dataset", "mnist", *SMALL, "--classifier", "mine.safetensors"]) == 0
     report = json.loads((tmp_path / "out" / "demo" / "report.json").read_text())
     assert report["dataset"] == "mnist"
 
@@ -160,9 +160,9 @@ def test_trained_weights_are_found_where_training_puts_them(tmp_path, monkeypatc
 def test_suggested_command_is_accepted(monkeypatch, tmp_path):
     monkeypatch.setattr(weights, "shipped", lambda kind: [])
     monkeypatch.chdir(tmp_path)
-    parser = cli.build_parser()
+    parser = commands.build_parser()
     with pytest.raises(FileNotFoundError) as caught:
-        demo._weights("generator", "fashion_mnist", None)
+        options.load_network("generator", "fashion_mnist", None)
     suggested = str(caught.value).split("train one with: ")[1].split(", or")[0]
     args = parser.parse_args(suggested.split()[1:])
     assert (args.job, args.dataset) == ("gan", "fashion_mnist")
@@ -185,7 +185,7 @@ def test_mistakes(name, tmp_path, monkeypatch, capsys):
     words, message = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
-    assert cli.main(["demo", *SMALL, *words]) == 2
+    assert commands.main(["demo", *SMALL, *words]) == 2
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.count("\n") == 1

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from defgan_fast import __version__, cli, info
+from defgan_fast import __version__, commands, info
 from defgan_fast.kernels import extension
 
 needs_kernels = pytest.mark.skipif(not extension.load(), reason="the extension is not built")
@@ -69,7 +69,7 @@ def test_without_the_module_the_reason_is_told(monkeypatch):
 
 
 def test_command_prints_text(capsys):
-    assert cli.main(["info"]) == 0
+    assert commands.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert re.search(rf"^torch +{re.escape(torch.__version__)}$", printed, re.MULTILINE)
     for line in ("backend cpu", "backend cuda", "backend reference", "extension", "processor"):
@@ -77,5 +77,5 @@ def test_command_prints_text(capsys):
 
 
 def test_command_prints_json(capsys):
-    assert cli.main(["info", "--json"]) == 0
+    assert commands.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out).keys() == info.environment().keys()

@@ -8,17 +8,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from defgan_fast import cli, data, weights
+from defgan_fast import commands, data, weights
 from defgan_fast.evaluation import quality
 from defgan_fast.evaluation.metrics import accuracy
-from defgan_fast.training import cli as training
-from defgan_fast.training import loop
+from defgan_fast.training import loop, recipes
+from defgan_fast.training.classifier import ClassifierSettings
+from defgan_fast.training.wgan_gp import GanSettings
 
 
 def test_train_gan(tmp_path, capsys):
     words = ["train", "gan", "--dataset", "digits", "--steps", "4", "--width", "3", "--critic-width", "2"]
     words += ["--batch", "8", "--lr", "0.0001", "--sample-every", "2", "--seed", "5", "--out", str(tmp_path)]
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
     assert f"4 steps; generator of step 4 in {tmp_path / 'generator.safetensors'}" in capsys.readouterr().out
     generator = weights.load_generator(tmp_path / "generator.safetensors")
     assert generator.config == {"latent_size": 64, "width": 3, "image_shape": [1, 28, 28]}
@@ -36,15 +37,15 @@ def test_train_gan(tmp_path, capsys):
     with (tmp_path / "metrics.csv").open() as file:
         assert set(next(csv.DictReader(file))) >= {"step", "critic_distance", "penalty", "generator_loss"}
     # A finished run: resuming does nothing and succeeds, starting again is refused.
-    assert cli.main([*words, "--resume"]) == 0
-    assert cli.main(words) == 2
+    assert commands.main([*words, "--resume"]) == 0
+    assert commands.main(words) == 2
     assert "continue it with --resume" in capsys.readouterr().err
 
 
 def test_train_classifier(tmp_path, capsys):
     words = ["train", "classifier", "--dataset", "digits", "--arch", "D", "--epochs", "20"]
     words += ["--corrupt", "0", "--out", str(tmp_path)]
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
     classifier = weights.load_classifier(tmp_path / "classifier.safetensors")
     assert classifier.config["arch"] == "D"
     card = weights.read_card(tmp_path / "classifier.safetensors")
@@ -63,7 +64,7 @@ def test_the_best_epoch_or_the_last(tmp_path):
     images, labels = data.load("digits", split="validation")
     found = {}
     for keep in ("best", "last", "best"):
-        assert cli.main([*words, "--keep", keep]) == 0
+        assert commands.main([*words, "--keep", keep]) == 0
         card = weights.read_card(tmp_path / "classifier.safetensors")
         assert f"--keep {keep}" in card["command"]
         measured = accuracy(weights.load_classifier(tmp_path / "classifier.safetensors"), images, labels)
@@ -80,8 +81,8 @@ def test_the_best_epoch_or_the_last(tmp_path):
 def test_the_average_is_saved(tmp_path):
     """Of the same run: the last weights are those of a run without it, and the saved ones are measured."""
     words = ["train", "classifier", "--dataset", "digits", "--arch", "E", "--epochs", "3", "--out"]
-    assert cli.main([*words, str(tmp_path / "plain")]) == 0
-    assert cli.main([*words, str(tmp_path / "averaged"), "--ema", "0.9"]) == 0
+    assert commands.main([*words, str(tmp_path / "plain")]) == 0
+    assert commands.main([*words, str(tmp_path / "averaged"), "--ema", "0.9"]) == 0
     checkpoints = [loop.load_checkpoint(tmp_path / name / loop.CHECKPOINT) for name in ("plain", "averaged")]
     plain, averaged = (checkpoint["trainer"] for checkpoint in checkpoints)
     assert all(torch.equal(plain["model"][name], averaged["model"][name]) for name in plain["model"])
@@ -96,7 +97,7 @@ def test_the_average_is_saved(tmp_path):
 def test_train_gan_may_end_early(tmp_path):
     words = ["train", "gan", "--dataset", "digits", "--steps", "9", "--width", "2", "--critic-width", "2"]
     words += ["--batch", "8", "--sample-every", "0", "--out", str(tmp_path)]
-    assert cli.main([*words, "--stop-at", "2"]) == 0
+    assert commands.main([*words, "--stop-at", "2"]) == 0
     card = weights.read_card(tmp_path / "generator.safetensors")
     assert card["steps"] == 2
     assert "--stop-at 2" in card["command"]
@@ -107,7 +108,7 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
     """Before any work, with the place that was looked at; and a generator that --on needs."""
     for job in (["gan"], ["classifier"], ["magnet"]):
         words = ["train", *job, "--dataset", "mnist", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
-        assert cli.main(words) == 2
+        assert commands.main(words) == 2
         message = capsys.readouterr().err
         assert message.startswith(
             "defgan-fast: no such file: train-images-idx3-ubyte.gz of mnist; looked in "
@@ -124,29 +125,26 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
         "--out",
         str(tmp_path / "out"),
     ]
-    assert cli.main([*words, "--generator", str(tmp_path / "absent.safetensors")]) == 2
+    assert commands.main([*words, "--generator", str(tmp_path / "absent.safetensors")]) == 2
     assert "no such file: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_recipes_are_commands():
-    from defgan_fast.cli import build_parser
-
-    for dataset, recipe in training.RECIPES.items():
-        args = build_parser().parse_args(["train", "gan", "--dataset", dataset, *recipe])
-        settings = training._settings(training.GanSettings, training.GAN_DEFAULTS[dataset], args)
-        # The generators that ship have the geometry of the paper, and of the design for the digits.
-        assert (settings.latent_size, settings.width) == ((64, 32) if dataset == "digits" else (128, 64))
+def test_shipped_generators_have_the_geometry_of_the_paper():
+    """And the digits' that of the design."""
+    for dataset, recipe in recipes.SHIPPED.items():
+        expected = (64, 32) if dataset == "digits" else (128, 64)
+        assert (recipe.gan.latent_size, recipe.gan.width) == expected
 
 
 def test_train_weights(tmp_path, monkeypatch, capsys):
     """The whole way to a shipped pair, with tiny networks."""
     small = {"steps": 2, "batch": 8, "critic_steps": 1, "latent_size": 4, "width": 2, "critic_width": 2}
-    monkeypatch.setitem(training.GAN_DEFAULTS, "digits", small)
-    monkeypatch.setitem(training.CLASSIFIER_DEFAULTS, "digits", {"arch": "E", "epochs": 2})
+    recipe = recipes.Recipe(GanSettings(**small), ClassifierSettings(arch="E", epochs=2))
+    monkeypatch.setitem(recipes.SHIPPED, "digits", recipe)
     words = ["train", "weights", "--images", "3", "--images-test", "4", "--images-attacked", "2"]
     words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
-    assert cli.main(words) == 0
+    assert commands.main(words) == 0
     generator = weights.load_generator(tmp_path / "digits_generator.safetensors")
     assert generator.config["latent_size"] == 4
     assert weights.load_classifier(tmp_path / "digits_classifier.safetensors").config["arch"] == "E"

@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from defgan_fast import cli, data, models, weights
+from defgan_fast import commands, data, models, weights
+from defgan_fast.data import celeba as celeba_files
+from defgan_fast.plan import lower
 from defgan_fast.data import celeba as celeba_files
 from defgan_fast.plan import lower
 from defgan_fast.projector import Projector
@@ -126,12 +128,12 @@ def test_training_commands(celeba, tmp_path, capsys):
     words = ["train", "gan", "--dataset", "celeba", "--steps", "2", "--width", "2", "--critic-width", "2"]
     words += ["--batch", "3", "--latent-size", "4", "--batch-norm", "--out", str(tmp_path / "gan")]
     words += ["--evaluate-every", "2", "--evaluate-images", "1", "--evaluate-steps", "2"]
-    assert cli.main(words) == 0, capsys.readouterr().err
+    assert commands.main(words) == 0, capsys.readouterr().err
     generator = weights.load_generator(tmp_path / "gan" / "generator.safetensors")
     assert generator.config["batch_norm"] is True
     card = weights.read_card(tmp_path / "gan" / "generator.safetensors")
     assert "--model CelebaGenerator --batch-norm" in card["command"]
-    assert cli.main([*words, "--model", "Generator", "--no-batch-norm", "--resume"]) == 2
+    assert commands.main([*words, "--model", "Generator", "--no-batch-norm", "--resume"]) == 2
     assert "model must make images in [-1.0, 1.0] for celeba, got Generator" in capsys.readouterr().err
     words = [
         "train",
@@ -145,10 +147,10 @@ def test_training_commands(celeba, tmp_path, capsys):
         "--adversarial",
         "0.3",
     ]
-    assert cli.main([*words, "--out", str(tmp_path / "classifier")]) == 0
+    assert commands.main([*words, "--out", str(tmp_path / "classifier")]) == 0
     assert weights.load_classifier(tmp_path / "classifier" / "classifier.safetensors").config["classes"] == 2
     words = ["train", "magnet", "--dataset", "celeba", "--width", "2", "--epochs", "1", "--members", "2"]
-    assert cli.main([*words, "--out", str(tmp_path / "magnet")]) == 0
+    assert commands.main([*words, "--out", str(tmp_path / "magnet")]) == 0
     paths = [tmp_path / "magnet" / f"member-{index}" / "autoencoder.safetensors" for index in (0, 1)]
     first, second = map(weights.load_autoencoder, paths)
     assert first.config["signed"] is True

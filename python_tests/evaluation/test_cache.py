@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from defgan_fast import cli, data, models, weights
+from defgan_fast import commands, data, models, weights
 from defgan_fast.evaluation import cache
 from defgan_fast.evaluation.cache import cached
 from defgan_fast.projector import Projector
@@ -205,7 +205,7 @@ def test_train_classifier_on_reconstructions(on, generator, tmp_path, monkeypatc
     words = ["train", "classifier", "--dataset", "digits", "--arch", "E", "--epochs", "1", "--on", on]
     words += ["--augment", "0", "--corrupt", "0", "--projection-steps", "2", "--restarts", "2"]
     words += ["--generator", str(tmp_path / "g.safetensors"), "--cache", str(tmp_path / "cache")]
-    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert commands.main([*words, "--out", str(tmp_path / "out")]) == 0
     with torch.no_grad():
         expected = Projector(generator, steps=2, restarts=2)(part.images)
     if on == "both":
@@ -219,7 +219,7 @@ def test_train_classifier_on_reconstructions(on, generator, tmp_path, monkeypatc
 
 def keep_trainers(monkeypatch, seen):
     """Keep the trainers that the command makes."""
-    from defgan_fast.training import cli as training
+    from defgan_fast.training import train_classifier as training
 
     class Kept(training.ClassifierTrainer):
         def __init__(self, *args, **kwargs):

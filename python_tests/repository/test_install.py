@@ -216,7 +216,7 @@ def test_wheel_holds_what_it_needs_and_nothing_built(source, no_torch, tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"defgan_fast/_csrc/{path.relative_to(CSRC).as_posix()}" for path in build.shipped_files(CSRC)}
     assert shipped <= names
-    assert {"defgan_fast/py.typed", "defgan_fast/_C.pyi", "defgan_fast/cli.py"} <= names
+    assert {"defgan_fast/py.typed", "defgan_fast/_C.pyi", "defgan_fast/commands/demo.py"} <= names
     weights = {f"defgan_fast/weights/{path.name}" for path in ROOT.glob("defgan_fast/weights/*.safetensors")}
     assert weights <= names
     assert not [name for name in names if name.endswith((".so", ".o", "_C.json")) or "/tests/" in name]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from defgan_fast import Projector, cli, data
+from defgan_fast import Projector, data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = ROOT / "README.md"
@@ -65,7 +65,7 @@ def test_every_argument_of_the_projector_is_in_the_table_with_its_default():
 
 def test_the_commands_exist():
     commands = re.findall(r"^ +defgan-fast (\w+)", section("Command line"), re.MULTILINE)
-    parser = cli.build_parser()
+    parser = commands.build_parser()
     known = parser._subparsers._group_actions[0].choices
     assert commands
     assert set(commands) == set(known)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from defgan_fast import Projector, cli, data, models, weights
+from defgan_fast import Projector, commands, data, models, weights
 from defgan_fast.evaluation import quality
 from defgan_fast.training import calibration
 
@@ -70,7 +70,7 @@ def test_the_least_error_is_chosen():
 
 def test_bad_input(tmp_path, capsys):
     words = ["train", "gan", "--dataset", "digits", "--calibrate", "-1", "--out", str(tmp_path / "out")]
-    assert cli.main(words) == 2
+    assert commands.main(words) == 2
     assert "--calibrate must be at least 0, got -1" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     for factor in (0.0, -1.0, float("nan")):
@@ -83,8 +83,8 @@ def test_bad_input(tmp_path, capsys):
 def test_train_gan_calibrates(tmp_path, capsys):
     words = ["train", "gan", "--dataset", "digits", "--steps", "2", "--width", "2", "--critic-width", "2"]
     words += ["--batch", "8", "--sample-every", "0", "--evaluate-steps", "3", "--evaluate-restarts", "2"]
-    assert cli.main([*words, "--out", str(tmp_path / "plain")]) == 0
-    assert cli.main([*words, "--calibrate", "3", "--out", str(tmp_path / "unit")]) == 0
+    assert commands.main([*words, "--out", str(tmp_path / "plain")]) == 0
+    assert commands.main([*words, "--calibrate", "3", "--out", str(tmp_path / "unit")]) == 0
     assert "latents times 1: error 0." in capsys.readouterr().out
     card = weights.read_card(tmp_path / "unit" / "generator.safetensors")
     assert card["command"].endswith("--calibrate 3")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from defgan_fast import cli, data, models, weights
+from defgan_fast import commands, data, models, weights
 from defgan_fast.evaluation.metrics import score_samples
-from defgan_fast.training import curve, loop, table5
+from defgan_fast.paper import markdown, table5
+from defgan_fast.training import curve, loop
 from defgan_fast.training.selection import GeneratorSelection
 
 
@@ -119,7 +120,7 @@ WORDS += ["--evaluate-steps", "2", "--evaluate-restarts", "2", "--steps", "4"]
 
 def test_training_keeps_the_best_average(tmp_path):
     """Against the same run stopped at the step that was best; and a resumed run has the same figures."""
-    assert cli.main([*WORDS, "--out", str(tmp_path / "whole")]) == 0
+    assert commands.main([*WORDS, "--out", str(tmp_path / "whole")]) == 0
     with (tmp_path / "whole" / loop.QUALITY).open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "4"]
@@ -132,9 +133,9 @@ def test_training_keeps_the_best_average(tmp_path):
     assert card["quality"]["validation"]["reconstruction_error"] == pytest.approx(
         float(best["reconstruction_error"])
     )
-    assert cli.main([*WORDS, "--out", str(tmp_path / "parts"), "--stop-at", "2"]) == 0
+    assert commands.main([*WORDS, "--out", str(tmp_path / "parts"), "--stop-at", "2"]) == 0
     first = weights.load_generator(tmp_path / "parts" / "generator.safetensors")
-    assert cli.main([*WORDS, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    assert commands.main([*WORDS, "--out", str(tmp_path / "parts"), "--resume"]) == 0
     with (tmp_path / "parts" / loop.QUALITY).open() as file:
         assert list(csv.DictReader(file)) == rows
     whole = weights.load_generator(tmp_path / "whole" / "generator.safetensors")
@@ -151,14 +152,14 @@ def test_curve(tmp_path, capsys):
     (tmp_path / "run" / loop.QUALITY).write_text(
         "step,reconstruction_error,accuracy_reconstructed\n100,0.02,0.8\n200,0.01,0.95\n"
     )
-    assert cli.main(["train", "curve", str(tmp_path / "run"), "--out", str(tmp_path / "curve.png")]) == 0
+    assert commands.main(["train", "curve", str(tmp_path / "run"), "--out", str(tmp_path / "curve.png")]) == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert curve.read(tmp_path / "run")[1] == {
         "step": 200.0,
         "reconstruction_error": 0.01,
         "accuracy_reconstructed": 0.95,
     }
-    assert cli.main(["train", "curve", str(tmp_path)]) == 2
+    assert commands.main(["train", "curve", str(tmp_path)]) == 2
     assert "no such file: " in capsys.readouterr().err
 
 
@@ -183,7 +184,7 @@ def test_table_of_classifiers(tmp_path):
     assert "| B |" not in text
     assert f"| E | {expected:.4f} |  |  |  |  |  |" in text
     document = f"before\n{table5.BEGIN}\nold\n{table5.END}\nafter\n"
-    changed = table5.insert(document, text)
+    changed = markdown.insert(document, text, table5.BEGIN, table5.END)
     assert changed == f"before\n{table5.BEGIN}\n{text}\n{table5.END}\nafter\n"
     with pytest.raises(ValueError, match=r"--markdown must be a file with the lines"):
-        table5.insert("nothing", text)
+        markdown.insert("nothing", text, table5.BEGIN, table5.END)

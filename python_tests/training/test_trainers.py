@@ -9,8 +9,8 @@ from defgan_fast.attacks import fgsm
 from defgan_fast.evaluation.metrics import accuracy
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
+from defgan_fast.training.cards import command
 from defgan_fast.training.classifier import ClassifierSettings, ClassifierTrainer
-from defgan_fast.training.cli import command
 from defgan_fast.training.critic_gradients import critic_gradients
 from defgan_fast.training.magnet import MagnetSettings, MagnetTrainer
 from defgan_fast.training.wgan_gp import GanSettings, WganGp
@@ -365,13 +365,13 @@ def test_settings_refuse(settings, message):
 
 
 def test_recorded_command_gives_the_same_settings():
-    from defgan_fast.cli import build_parser
-    from defgan_fast.training import cli
+    from defgan_fast.commands import build_parser, train
+    from defgan_fast.training import recipes
 
     settings = GanSettings(steps=70, lr=3e-4, lr_schedule="linear", augment=0.5, seed=9, width=8, ema=0.9)
     words = command("gan", "digits", settings).split()[1:]
     args = build_parser().parse_args(words)
-    assert cli._settings(GanSettings, cli.GAN_DEFAULTS["digits"], args) == settings
+    assert train._settings(recipes.GAN["digits"], args) == settings
 
 
 def test_corruption():

@@ -1,8 +1,4 @@
-"""`defgan-fast bench`: measures, prints the table, and writes the JSON that the report is made of.
-
-Importing this module is quick, since the command line imports the modules of all its commands: what
-measures is imported when it runs.
-"""
+"""``defgan-fast bench``: measures, prints the table, and writes the JSON that the report is made of."""
 
 from __future__ import annotations
 
@@ -13,14 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import files
+import torch
 
-PRECISIONS = ("float32", "bfloat16")
+from defgan_fast import arguments, files
+from defgan_fast.benchmark import run as runner
+from defgan_fast.benchmark.report import PRECISIONS, table
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Registers `defgan-fast bench`."""
-    parser = subparsers.add_parser("bench", help="measure the kernels against the machine and other software")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``bench``."""
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -53,15 +50,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: an unknown generator, or threads below 1.
         OSError: the JSON file cannot be written; found out before anything is measured.
     """
-    import torch
-
-    from . import run as runner
-    from .report import table
-
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(arguments.count("threads", args.threads))
     earlier = None if args.json is None else _partial(args.json)
     save = None if args.json is None else partial(_write, args.json)
     precisions = args.precision or (ON_CPU[:1] if args.quick else ON_CPU)
@@ -84,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _partial(file: Path) -> dict[str, Any] | None:
-    """What an interrupted call left; None where there is nothing to continue. The file is opened for writing."""
+    """Returns what an interrupted call left, None where there is nothing; the file is opened for writing, too."""
     with file.open("a+") as stream:
         stream.seek(0)
         text = stream.read()

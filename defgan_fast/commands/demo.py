@@ -9,19 +9,17 @@ nothing but the weights and the options: a second run prints the same.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from defgan_fast import data, files, pictures, weights
-from defgan_fast import device as devices
+from defgan_fast import data, files, pictures
+from defgan_fast.commands import options
 from defgan_fast.evaluation import demonstration, transfer
 from defgan_fast.evaluation.metrics import predict
 from defgan_fast.projector import Projector
-from defgan_fast.training import cli as training
 
 # Every step of the adaptive attack is a whole projection, four times as long for a generator twice as wide.
 IMAGES_ADAPTIVE = {"digits": 20, "mnist": 5, "fashion_mnist": 5}
@@ -29,13 +27,10 @@ COLUMNS = 12
 NAME_WIDTH = 36
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register ``demo`` with the command line."""
-    parser = subparsers.add_parser("demo", help="defend real images against FGSM and an adaptive attack")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``demo``."""
     parser.add_argument("--dataset", choices=tuple(IMAGES_ADAPTIVE), default="digits")
-    parser.add_argument(
-        "--root", help="folder of the data files (default: $DEFGAN_DATA/NAME, cache, download)"
-    )
+    options.add_root(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("out") / "demo", help="folder for picture and report"
     )
@@ -54,15 +49,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demonstration; see ``defgan-fast demo --help``."""
+    """Runs the demonstration; see ``defgan-fast demo --help``."""
     adaptive = IMAGES_ADAPTIVE[args.dataset] if args.images_adaptive is None else args.images_adaptive
     for name, value in (("images", args.images), ("images-adaptive", adaptive)):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    device = devices.parse(args.device)
-    _check_writable(args.out)
-    generator = _weights("generator", args.dataset, args.generator).to(device)
-    classifier = _weights("classifier", args.dataset, args.classifier).to(device)
+    device = options.parse_device(args.device)
+    options.check_writable(args.out)
+    generator = options.load_network("generator", args.dataset, args.generator).to(device)
+    classifier = options.load_network("classifier", args.dataset, args.classifier).to(device)
     dataset = data.load(args.dataset, args.root, "test").first(args.images).to(device)
     projector = Projector(
         generator, steps=args.steps, restarts=args.restarts, seed=args.seed, backend=args.backend
@@ -80,35 +75,6 @@ def run(args: argparse.Namespace) -> int:
     print(_table(report))
     print(f"\n{args.out / 'demo.png'}\n{args.out / 'report.json'}")
     return 0
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before the work and not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"--out must be a folder that can be written, got {folder} ({error.strerror})"
-        ) from None
-
-
-def _weights(kind: str, dataset: str, given: Path | None) -> nn.Module:
-    """The generator or classifier: the file that was asked for, the shipped one, or the one trained here."""
-    load = weights.load_generator if kind == "generator" else weights.load_classifier
-    if given is not None:
-        return load(given)
-    if dataset in weights.shipped(kind):
-        return load(dataset)
-    trained = training.generator_path(dataset) if kind == "generator" else training.classifier_path(dataset)
-    if trained.is_file():
-        return load(trained)
-    job = "gan" if kind == "generator" else "classifier"
-    raise FileNotFoundError(
-        f"no {kind} for {dataset} at hand (none is shipped, no such file: {trained}); train one with: "
-        f"defgan-fast train {job} --dataset {dataset}{training.QUICK[job]}, or give one with --{kind} FILE"
-    )
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -1,1 +1,0 @@
-"""One file per experiment; the demonstration is the first."""
