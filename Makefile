@@ -44,10 +44,11 @@ test-slow: $(BUILT) ## run the other tests: new installations, CUDA sources exec
 
 install: $(BUILT) ## create .venv, install torch and the package, compile the extension
 
-lint: $(TOOLS) $(BUILT) ## ruff, mypy and clang-format; changes nothing
+lint: $(TOOLS) $(BUILT) ## ruff, mypy, import-linter and clang-format; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(TOOLS) ## rewrite the sources as lint wants them

@@ -2,5 +2,5 @@
 
 `generators` are the networks measured, `flops` counts their useful work, `limits` what the machine can do
 at best, `peers` does the same projection with other means, `run` times all of it, `report` makes the table
-and the plot, `cli` is `defgan-fast bench`.
+and the plot.
 """

@@ -13,7 +13,8 @@ import torch
 
 from defgan_fast import arguments, files
 from defgan_fast.benchmark import run as runner
-from defgan_fast.benchmark.report import PRECISIONS, table
+from defgan_fast.benchmark.report import table
+from defgan_fast.precisions import ON_CPU
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

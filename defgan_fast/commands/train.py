@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from defgan_fast import data, files
+from defgan_fast import data, files, precisions
 from defgan_fast.commands import options
 from defgan_fast.models.classifier import ARCHITECTURES, VARIANTS
 from defgan_fast.paper import markdown, table5
@@ -27,7 +27,7 @@ from defgan_fast.training.train_classifier import Projections, train_classifier
 from defgan_fast.training.train_gan import Measurements, train_gan
 from defgan_fast.training.train_magnet import train_magnet
 from defgan_fast.training.train_weights import Packing, train_weights
-from defgan_fast.training.wgan_gp import GENERATORS, PRECISIONS
+from defgan_fast.training.wgan_gp import GENERATORS, LR_SCHEDULES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def _add_gan(jobs: Any) -> None:
     gan.add_argument("--lr", type=float, help="Adam's rate (default: 1e-4, digits 5e-4)")
     gan.add_argument(
         "--lr-schedule",
-        choices=("constant", "linear", "hold"),
+        choices=LR_SCHEDULES,
         help="linear: to 0 at the last step; hold: the same from half-way on (default: constant, digits linear)",
     )
     gan.add_argument("--penalty", type=float, help="weight of the gradient penalty (default: 10)")
@@ -65,7 +65,7 @@ def _add_gan(jobs: Any) -> None:
     gan.add_argument(
         "--batch-norm", action=argparse.BooleanOptionalAction, default=None, help="CelebaGenerator's"
     )
-    gan.add_argument("--precision", choices=tuple(PRECISIONS), help="of the convolutions (default: float32)")
+    gan.add_argument("--precision", choices=precisions.ON_CPU, help="of the convolutions (default: float32)")
     gan.add_argument(
         "--accumulate", type=int, help="parts that a batch is computed in, to save memory (default: 1)"
     )

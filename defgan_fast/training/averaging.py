@@ -16,13 +16,13 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def copy_of(network: Network) -> Network:
-    """Where an average begins: a copy in eval mode, without gradients."""
+    """Returns what an average begins with: a copy in eval mode, without gradients."""
     return copy.deepcopy(network).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
-    """Move the average a (1 - decay)-th of its way to the network.
+    """Moves the average a (1 - decay)-th of its way to the network.
 
     Args:
         average: from :func:`copy_of`; changed in place. Buffers, such as running statistics, are copied.
@@ -34,9 +34,3 @@ def update(average: nn.Module, network: nn.Module, decay: float, step: int) -> N
         kept.lerp_(current, 1 - decay)
     for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
         copied.copy_(buffer)
-
-
-def check_decay(decay: float) -> None:
-    """ValueError unless it lies in [0, 1)."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"ema must lie in [0, 1), got {decay}")

@@ -24,7 +24,7 @@ class Batches:
         self._position = 0
 
     def next(self) -> torch.Tensor:
-        """[batch] int64 indices."""
+        """Returns the next [batch] int64 indices."""
         if self._position + self.batch > len(self._order):
             self._order = torch.randperm(self.count, generator=self.generator)
             self._position = 0
@@ -33,9 +33,9 @@ class Batches:
         return chosen
 
     def state(self) -> dict[str, Any]:
-        """Order and position, not the generator's state."""
+        """Returns order and position, not the generator's state."""
         return {"order": self._order, "position": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Does the inverse of :meth:`state`."""
         self._order, self._position = state["order"], state["position"]

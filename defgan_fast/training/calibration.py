@@ -22,7 +22,7 @@ FACTORS = (1.0, 0.84, 0.71, 0.59, 0.5, 0.42, 0.35)
 
 
 def in_unit(generator: nn.Module, factor: float) -> nn.Module:
-    """A copy G' of the generator with G'(z) = G(factor * z).
+    """Returns a copy G' of the generator with G'(z) = G(factor * z).
 
     Args:
         generator: one whose latents enter an ``nn.Linear``, its first module with weights.
@@ -45,7 +45,7 @@ def in_unit(generator: nn.Module, factor: float) -> nn.Module:
 def calibrate(
     generator: nn.Module, images: torch.Tensor, steps: int = 200, restarts: int = 10
 ) -> tuple[nn.Module, dict[float, float]]:
-    """The generator in the unit with the smallest reconstruction error, and the errors found.
+    """Returns the generator in the unit with the smallest reconstruction error, and the errors found.
 
     Factors are tried downwards from 1 until the error grows.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from defgan_fast import models
+from defgan_fast import arguments, models
 from defgan_fast.attacks import fgsm
 from defgan_fast.data import Dataset
 from defgan_fast.training import averaging
@@ -48,18 +48,13 @@ class ClassifierSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, ("epochs", "batch"))
-        if self.augment < 0:
-            raise ValueError(f"augment must be at least 0, got {self.augment}")
-        if self.corrupt < 0:
-            raise ValueError(f"corrupt must be at least 0, got {self.corrupt}")
-        if self.adversarial < 0:
-            raise ValueError(f"adversarial must be at least 0, got {self.adversarial}")
-        averaging.check_decay(self.ema)
-        if self.on not in SOURCES:
-            raise ValueError(f"on must be one of {', '.join(SOURCES)}, got {self.on!r}")
+        for name in ("augment", "corrupt", "adversarial"):
+            arguments.number(name, getattr(self, name), least=0)
+        arguments.number("ema", self.ema, least=0, below=1)
+        arguments.choice("on", self.on, SOURCES)
 
     def steps(self, images: int) -> int:
-        """Number of batches in all epochs."""
+        """Returns the number of batches in all epochs."""
         return steps_of(self, images)
 
 
@@ -97,11 +92,11 @@ class ClassifierTrainer(EpochTrainer):
 
     @property
     def result(self) -> nn.Module:
-        """The classifier that the training is for: the average where there is one, else the last iterate."""
+        """Is the classifier that the training is for: the average where there is one, else the last iterate."""
         return self.model if self.average is None else self.average
 
     def advance(self) -> dict[str, torch.Tensor]:
-        """One batch."""
+        """Learns from one batch."""
         chosen = self.batches.next().to(self.device)
         images = random_affine(self.images[chosen], self.options.augment, self.random)
         images = random_corruption(images, self.options.corrupt, self.random)
@@ -119,12 +114,12 @@ class ClassifierTrainer(EpochTrainer):
         return {"loss": loss.detach(), "accuracy_train": accuracy_train}
 
     def state(self) -> dict[str, Any]:
-        """As of every training, and the average."""
+        """Returns the state of every training, and the average."""
         average = {} if self.average is None else {"average": self.average.state_dict()}
         return super().state() | average
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Does the inverse of :meth:`state`."""
         super().restore(state)
         if self.average is not None:
             self.average.load_state_dict(state["average"])

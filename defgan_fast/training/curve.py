@@ -18,7 +18,7 @@ ERROR_COLOUR, ACCURACY_COLOUR = "#1f5fa8", "#c2410c"
 
 
 def read(run: Path) -> list[dict[str, float]]:
-    """Rows of the file, or of the file in the folder, ``run``.
+    """Reads the rows of the file, or of the file in the folder, ``run``.
 
     Raises:
         FileNotFoundError, ValueError: there is none, or it has no evaluation.
@@ -34,7 +34,7 @@ def read(run: Path) -> list[dict[str, float]]:
 
 
 def plot(runs: Sequence[Path], names: Sequence[str], out: Path) -> None:
-    """Write a PNG with one panel for each run.
+    """Writes a PNG with one panel for each run.
 
     Raises:
         RuntimeError: matplotlib is not installed.

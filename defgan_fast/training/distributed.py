@@ -18,18 +18,18 @@ import torch.distributed as dist
 
 
 def rank() -> int:
-    """Number of this process, 0 where there is one only."""
+    """Returns the number of this process, 0 where there is one only."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes."""
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that ``torchrun`` started, and leave them; nothing where it was not used.
+    """Joins the processes that ``torchrun`` started, and leaves them; does nothing where it was not used.
 
     Yields the device of this process: on a machine with several GPUs each process takes its own.
     """
@@ -47,7 +47,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
 
 
 def part(count: int, parts: int) -> list[slice]:
-    """This process's share of ``count`` rows, in ``parts`` slices of the same length.
+    """Returns this process's share of ``count`` rows, in ``parts`` slices of the same length.
 
     Raises:
         ValueError: the rows cannot be divided evenly, which would weigh them unequally.
@@ -63,7 +63,7 @@ def part(count: int, parts: int) -> list[slice]:
 
 
 def average(tensors: Sequence[torch.Tensor]) -> None:
-    """Replace each tensor by its mean over the processes, in place."""
+    """Replaces each tensor by its mean over the processes, in place."""
     if world() == 1 or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
@@ -74,7 +74,7 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def any_true(flag: bool, device: torch.device) -> bool:
-    """Whether ``flag`` is set in any process; all have to ask at the same step."""
+    """Returns whether ``flag`` is set in any process; all have to ask at the same step."""
     if world() == 1:
         return flag
     value = torch.tensor(float(flag), device=device)
@@ -83,6 +83,6 @@ def any_true(flag: bool, device: torch.device) -> bool:
 
 
 def wait() -> None:
-    """Return once every process has come here."""
+    """Returns once every process has come here."""
     if world() > 1:
         dist.barrier()

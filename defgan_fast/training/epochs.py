@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from defgan_fast import models
+from defgan_fast import arguments, models
 from defgan_fast.data import Dataset
 from defgan_fast.training.batches import Batches
 
@@ -31,16 +31,14 @@ class EpochSettings(Protocol):
 
 
 def check_settings(settings: EpochSettings, counts: tuple[str, ...]) -> None:
-    """ValueError unless the named settings are at least 1 and the rate is above 0."""
+    """Raises ValueError unless the named settings are at least 1 and the rate is above 0."""
     for name in counts:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    if not settings.lr > 0:
-        raise ValueError(f"lr must be above 0, got {settings.lr}")
+        arguments.count(name, getattr(settings, name))
+    arguments.number("lr", settings.lr, above=0)
 
 
 def steps_of(settings: EpochSettings, images: int) -> int:
-    """Number of batches in all epochs."""
+    """Returns the number of batches in all epochs."""
     return settings.epochs * max(images // settings.batch, 1)
 
 
@@ -79,14 +77,14 @@ class EpochTrainer:
         self.batches = Batches(len(dataset), min(settings.batch, len(dataset)), self.random)
 
     def descend(self, loss: torch.Tensor) -> None:
-        """One step of the optimiser down a loss."""
+        """Makes one step of the optimiser down a loss."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        """Weights, optimiser, random state and data order."""
+        """Returns weights, optimiser, random state and data order."""
         return {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -95,7 +93,7 @@ class EpochTrainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Does the inverse of :meth:`state`."""
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.random.set_state(state["random"])

@@ -44,13 +44,13 @@ class Trainer(Protocol):
     step: int
 
     def advance(self) -> dict[str, torch.Tensor]:
-        """Do one step and return its metrics as tensors of one element (reading them may synchronise)."""
+        """Does one step and returns its metrics as tensors of one element (reading them may synchronise)."""
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the following steps, except the random state of PyTorch itself."""
+        """Returns everything that decides the following steps, except the random state of PyTorch itself."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Does the inverse of :meth:`state`."""
 
 
 class Evaluator(Protocol):
@@ -59,13 +59,13 @@ class Evaluator(Protocol):
     rows: list[dict[str, Any]]  # one for each evaluation, its step first
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Measure, append to ``rows``, keep what is best so far."""
+        """Measures, appends to ``rows``, keeps what is best so far."""
 
     def state(self) -> dict[str, Any]:
-        """Everything that later evaluations and the choice of the best depend on."""
+        """Returns everything that later evaluations and the choice of the best depend on."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`."""
+        """Does the inverse of :meth:`state`."""
 
 
 def run(
@@ -82,7 +82,7 @@ def run(
     evaluator: Evaluator | None = None,
     title: str = "training",
 ) -> None:
-    """Advance ``trainer`` until it has made ``steps`` steps, and leave a checkpoint.
+    """Advances ``trainer`` until it has made ``steps`` steps, and leaves a checkpoint.
 
     Args:
         trainer: the trainer, fresh; its settings must equal those of the checkpoint it resumes from.
@@ -172,7 +172,7 @@ def run(
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU.
+    """Reads a checkpoint on the CPU.
 
     Raises:
         ValueError: the file is truncated, or not one of ours.
@@ -192,7 +192,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _stopped(stop: threading.Event, trainer: Trainer, every: int) -> bool:
-    """Whether to stop here. Several processes have to agree, which costs a message: they ask now and then."""
+    """Returns whether to stop here. Several processes have to agree, which costs a message: they ask now and then."""
     if distributed.world() == 1:
         return stop.is_set()
     if trainer.step % every:
@@ -263,7 +263,7 @@ def _restore(trainer: Trainer, path: Path, evaluator: Evaluator | None) -> None:
 
 
 def _read_metrics(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rows up to ``step``; none of a new run."""
+    """Returns the rows up to ``step``; none of a new run."""
     if step == 0 or not path.exists():
         return []
     with path.open(newline="") as file:
@@ -282,7 +282,7 @@ def _write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event, so that a step is never torn; a second one kills."""
+    """Turns the first SIGINT or SIGTERM into an event, so that a step is never torn; a second one kills."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from defgan_fast import models
+from defgan_fast import arguments, models
 from defgan_fast.data import Dataset
 from defgan_fast.training.epochs import EpochTrainer, check_settings, steps_of
 
@@ -33,11 +33,10 @@ class MagnetSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, ("epochs", "batch", "code_size", "width"))
-        if self.noise < 0:
-            raise ValueError(f"noise must be at least 0, got {self.noise}")
+        arguments.number("noise", self.noise, least=0)
 
     def steps(self, images: int) -> int:
-        """Number of batches in all epochs."""
+        """Returns the number of batches in all epochs."""
         return steps_of(self, images)
 
 
@@ -72,7 +71,7 @@ class MagnetTrainer(EpochTrainer):
         )
 
     def advance(self) -> dict[str, torch.Tensor]:
-        """One batch."""
+        """Learns from one batch."""
         images = self.images[self.batches.next().to(self.device)]
         noise = torch.randn(images.shape, generator=self.random).to(self.device)
         noisy = (images + self.options.noise * noise).clamp(*self.value_range)

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from defgan_fast import data, models
+from defgan_fast import arguments, data, models, precisions
 from defgan_fast.training import averaging, distributed
 from defgan_fast.training.augment import random_affine
 from defgan_fast.training.batches import Batches
 from defgan_fast.training.critic_gradients import critic_gradients
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GENERATORS = ("Generator", "CelebaGenerator")
+LR_SCHEDULES = ("constant", "linear", "hold")
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,19 @@ class GanSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "critic_steps", "latent_size", "width", "critic_width", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        averaging.check_decay(self.ema)
-        if not 0 <= self.latent_floor <= 1:
-            raise ValueError(f"latent_floor must lie in [0, 1], got {self.latent_floor}")
-        if self.augment < 0:
-            raise ValueError(f"augment must be at least 0, got {self.augment}")
-        if self.model not in GENERATORS:
-            raise ValueError(f"model must be one of {', '.join(GENERATORS)}, got {self.model!r}")
+            arguments.count(name, getattr(self, name))
+        arguments.number("lr", self.lr, above=0)
+        arguments.number("ema", self.ema, least=0, below=1)
+        arguments.number("latent_floor", self.latent_floor, least=0, most=1)
+        arguments.number("augment", self.augment, least=0)
+        arguments.choice("model", self.model, GENERATORS)
         if self.batch_norm and self.model != "CelebaGenerator":
             raise ValueError(f"batch_norm must go with model CelebaGenerator, got {self.model!r}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.lr_schedule not in ("constant", "linear", "hold"):
-            raise ValueError(f"lr_schedule must be constant, linear or hold, got {self.lr_schedule!r}")
+        arguments.choice("precision", self.precision, precisions.ON_CPU)
+        arguments.choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
 
     def rate(self, step: int) -> float:
-        """Adam's rate in step ``step`` (from 0): constant, linear to 0, or constant until half-way first."""
+        """Returns Adam's rate in step ``step`` (from 0): constant, linear to 0, or constant until half-way first."""
         if self.lr_schedule == "constant":
             return self.lr
         left = 1 - step / self.steps
@@ -139,7 +132,7 @@ class WganGp:
         self._generator_pass = compiler(self._generator_loss)
 
     def latents(self, count: int) -> torch.Tensor:
-        """[count, k] from N(0, I), each times its own factor between the floor and 1."""
+        """Draws [count, k] from N(0, I), each times its own factor between the floor and 1."""
         return self._draw(count, self.random).to(self.device)
 
     def _draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -148,7 +141,7 @@ class WganGp:
         return latents * (floor + (1 - floor) * torch.rand(count, 1, generator=generator))
 
     def advance(self) -> dict[str, torch.Tensor]:
-        """``critic_steps`` updates of the critic, then one of the generator and of its average."""
+        """Makes ``critic_steps`` updates of the critic, then one of the generator and of its average."""
         options = self.options
         for optimiser in (self.generator_optimiser, self.critic_optimiser):
             for group in optimiser.param_groups:
@@ -181,11 +174,11 @@ class WganGp:
     def _critic_gradients(
         self, real: torch.Tensor, latents: torch.Tensor, mix: torch.Tensor
     ) -> list[torch.Tensor]:
-        """The critic's gradients, its distance, its penalty."""
+        """Returns the critic's gradients, its distance, its penalty."""
         with torch.no_grad(), self._autocast():
             fake = self.generator(latents).float()
         between = mix * real + (1 - mix) * fake
-        dtype = PRECISIONS[self.options.precision]
+        dtype = precisions.DTYPES[self.options.precision]
         found = critic_gradients(self.critic, real, fake, between, self.options.penalty, dtype)
         return [*found.gradients, found.distance, found.penalty]
 
@@ -214,12 +207,12 @@ class WganGp:
             return -self.critic(self.generator(latents)).float().mean()
 
     def _images(self, chosen: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] float32 in the generator's range."""
+        """Returns the chosen images as [N, C, H, W] float32 in the generator's range."""
         images = self.images[chosen.to(self.device)]
         return images if images.is_floating_point() else data.to_range(images, self.generator.value_range)
 
     def _autocast(self) -> torch.autocast:
-        dtype = PRECISIONS[self.options.precision]
+        dtype = precisions.DTYPES[self.options.precision]
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype != torch.float32)
 
     def _mark_step(self) -> None:
@@ -228,12 +221,12 @@ class WganGp:
 
     @torch.no_grad()
     def samples(self, count: int = 64) -> torch.Tensor:
-        """[count, C, H, W] images of the averaged generator, from the same latents at every call."""
+        """Draws [count, C, H, W] images with the averaged generator, from the same latents at every call."""
         fixed = torch.Generator().manual_seed(self.options.seed)
         return self.average(self._draw(count, fixed).to(self.device)).cpu()
 
     def state(self) -> dict[str, Any]:
-        """Weights, average, optimisers, random state and data order."""
+        """Returns weights, average, optimisers, random state and data order."""
         return {
             "generator": self.generator.state_dict(),
             "average": self.average.state_dict(),
@@ -246,7 +239,7 @@ class WganGp:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state`.
+        """Does the inverse of :meth:`state`.
 
         Raises:
             ValueError: with other ``steps`` the rate would have begun to fall before the state was saved.
@@ -272,7 +265,7 @@ def _new_generator(settings: GanSettings, shape: list[int]) -> models.Generator 
 
 
 def _mean(results: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """Mean of each tensor over the parts of the batch and over the processes."""
+    """Returns the mean of each tensor over the parts of the batch and over the processes."""
     mean = results[0]
     if len(results) > 1:
         mean = [torch.stack(values).mean(0) for values in zip(*results, strict=True)]

@@ -8,8 +8,6 @@ from PIL import Image
 from defgan_fast import commands, data, models, weights
 from defgan_fast.data import celeba as celeba_files
 from defgan_fast.plan import lower
-from defgan_fast.data import celeba as celeba_files
-from defgan_fast.plan import lower
 from defgan_fast.projector import Projector
 from defgan_fast.training.selection import ClassifierSelection
 

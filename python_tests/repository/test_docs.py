@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from defgan_fast import cli, data, load_generator
+from defgan_fast import commands, data, load_generator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [
@@ -103,7 +103,7 @@ def options_of_script(script: Path) -> set[str]:
 
 def options_of_command(words: list[str], parser: argparse.ArgumentParser | None = None) -> set[str]:
     """The options of the parser that the first words lead to; of any of them where a word is `one|another`."""
-    parser = cli.build_parser() if parser is None else parser
+    parser = commands.build_parser() if parser is None else parser
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below or not words:
         return {option for action in parser._actions for option in action.option_strings}

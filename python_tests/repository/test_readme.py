@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from defgan_fast import Projector, data
+from defgan_fast import Projector, commands, data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = ROOT / "README.md"
@@ -64,11 +64,11 @@ def test_every_argument_of_the_projector_is_in_the_table_with_its_default():
 
 
 def test_the_commands_exist():
-    commands = re.findall(r"^ +defgan-fast (\w+)", section("Command line"), re.MULTILINE)
+    named = re.findall(r"^ +defgan-fast (\w+)", section("Command line"), re.MULTILINE)
     parser = commands.build_parser()
     known = parser._subparsers._group_actions[0].choices
-    assert commands
-    assert set(commands) == set(known)
+    assert named
+    assert set(named) == set(known)
 
 
 def test_the_times_on_cpus_are_those_of_the_committed_runs():

@@ -333,7 +333,7 @@ def test_augmentation():
         (lambda: ClassifierSettings(ema=-0.1), r"ema must lie in \[0, 1\), got -0.1"),
         (
             lambda: GanSettings(lr_schedule="cosine"),
-            r"lr_schedule must be constant, linear or hold, got 'cosine'",
+            r"lr_schedule must be one of constant, linear, hold, got 'cosine'",
         ),
         (
             lambda: GanSettings(model="Critic"),
