@@ -49,6 +49,9 @@ DEFGAN_NEAREST Scale scale_of(bool is_bounded, bool is_sigmoid, float largest) {
 }
 inline bool is_sigmoid(const Plan& plan) { return plan.layers.back().activation == Activation::kSigmoid; }
 
+// Stands for what is not finite where magnitudes are compared; no finite pixel comes near it.
+constexpr float kBeyond = 3.0e38f;
+
 DEFGAN_NEAREST bool is_finite(float x) { return x - x == 0.0f; }
 
 // To the nearest, ties to even, for magnitudes up to 2^22: adds and takes away 1.5 * 2^23. Clamped to the levels.
@@ -72,9 +75,9 @@ struct ImageScale {
   int exponent;  // -1: the image is not finite, and every candidate is as far as any other
 };
 
-// `largest` is the largest |value - centre| * levels_per_unit of the image's pixels.
-DEFGAN_NEAREST ImageScale image_scale(float largest, bool finite) {
-  if (!finite || !is_finite(largest)) return {0.0f, -1};
+// `largest` is the largest |value - centre| * levels_per_unit of the image's pixels, kBeyond where one is not finite.
+DEFGAN_NEAREST ImageScale image_scale(float largest) {
+  if (largest >= kBeyond) return {0.0f, -1};
   ImageScale s{1.0f, 0};
   for (; largest * s.factor > kLevels + 0.25f; ++s.exponent) s.factor *= 0.5f;
   return s;

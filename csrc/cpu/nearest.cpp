@@ -62,13 +62,11 @@ float largest_of(const float* image, int64_t pixels) {
 int64_t pack_image(const Candidates& candidates, const float* image, int32_t* words) {
   const nearest::Scale scale = candidates.scale;
   float largest = 0;
-  bool finite = true;
   for (int64_t i = 0; i < candidates.pixels; ++i) {
     const float scaled = (image[i] - scale.centre) * scale.levels_per_unit;
-    finite = finite && nearest::is_finite(scaled);
-    largest = std::max(largest, std::abs(scaled));
+    largest = std::max(largest, nearest::is_finite(scaled) ? std::abs(scaled) : nearest::kBeyond);
   }
-  const nearest::ImageScale own = nearest::image_scale(largest, finite);
+  const nearest::ImageScale own = nearest::image_scale(largest);
   if (own.exponent < 0) {
     std::fill(words, words + candidates.pairs(), 0);
     return 0;

@@ -1,5 +1,6 @@
 // The projection on the current CUDA device: launch.h's calls over a queue that is a stream.
 #include "entries.cuh"
+#include "nearest_search.h"
 #include "params.h"
 
 namespace defgan::cuda {
@@ -10,6 +11,7 @@ class Stream : public Queue {
   explicit Stream(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
 
   void launch(const KernelLaunch& l) override {
+    if (is_nearest(l.kernel)) return launch_nearest(l, stream_);
     switch (l.precision) {
       case Precision::kFloat32: return launch_as<float>(l);
       case Precision::kFloat16: return launch_as<Half>(l);
@@ -28,6 +30,8 @@ class Stream : public Queue {
       case KernelId::kTeam: return launch_team<S>(l, stream_);
       case KernelId::kFused:
         if constexpr (!std::is_same_v<S, float>) launch_fused<S>(l, stream_);
+        return;
+      default: return;  // those of nearest.h have no precision
     }
   }
 
@@ -61,6 +65,12 @@ void decode(const Program& program, const void* tables, const std::vector<Parame
             void* stream) {
   Stream queue(stream);
   decode(queue, program, tables, parameters, schedule, latents, count, workspace, images);
+}
+
+void find_nearest(const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+                  const Device& device, const SearchArgs& args, void* stream) {
+  Stream queue(stream);
+  find_nearest(queue, program, tables, parameters, device, args);
 }
 
 }  // namespace defgan::cuda

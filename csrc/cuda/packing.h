@@ -81,6 +81,7 @@ DEFGAN_DEVICE void pack_piece<float>(const PackParams& p, const Pack& pack, cons
 
 template <class S>
 DEFGAN_DEVICE void pack_kernel(const PackParams& p) {
+  if (p.wanted != nullptr && load_constant(p.wanted) == 0) return;
   const Header h = load_table<Header>(p.tables);
   const int32_t* index = reinterpret_cast<const int32_t*>(p.tables + h.index);
   const int threads = block_count() * block_threads();

@@ -40,6 +40,7 @@ struct PackParams {
   char* weights;
   float* vectors;
   const float* parameters[kMaxParameters];
+  const uint32_t* wanted;  // 0 there: the kernel does nothing; nullptr: it does its work
 };
 
 enum class Purpose : int32_t {
@@ -58,8 +59,9 @@ struct TeamParams {
   int32_t group_count;  // in flight
   Purpose purpose;
   Call call;
-  float* errors;   // [rows]
-  float* decoded;  // [rows, pixels]
+  float* errors;           // [rows]
+  float* decoded;          // [rows, pixels]
+  const uint32_t* wanted;  // as in PackParams
 };
 
 struct FusedParams {

@@ -88,11 +88,12 @@ Workspace lay_out(const Program& program, const Schedule& s, bool descend) {
 }
 
 void pack(Queue& queue, const Program& program, const char* tables, const std::vector<Parameter>& parameters,
-          const Schedule& s, char* weights, char* vectors) {
+          const Schedule& s, char* weights, char* vectors, const uint32_t* wanted = nullptr) {
   PackParams p{};
   p.tables = tables;
   p.weights = weights;
   p.vectors = reinterpret_cast<float*>(vectors);
+  p.wanted = wanted;
   for (size_t i = 0; i < parameters.size(); ++i) p.parameters[i] = parameters[i].data;
   int64_t most = 1;
   for (const Pack& one : program.packs) most = std::max(most, one.elements / kPiece);
@@ -261,12 +262,13 @@ void project(Queue& queue, const Program& program, const void* tables, const std
 }
 
 void decode(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
-            const Schedule& schedule, const float* latents, int64_t count, void* workspace, float* images) {
+            const Schedule& schedule, const float* latents, int64_t count, void* workspace, float* images,
+            const uint32_t* wanted) {
   const Program& exact = program.float32();
   const Workspace w = lay_out(exact, schedule, false);
   char* const base = static_cast<char*>(workspace);
   const char* const exact_tables = static_cast<const char*>(tables) + exact_tables_offset(program);
-  pack(queue, exact, exact_tables, parameters, schedule, base + w.exact_weights, base + w.exact_vectors);
+  pack(queue, exact, exact_tables, parameters, schedule, base + w.exact_weights, base + w.exact_vectors, wanted);
   TeamParams p{};
   p.tables = exact_tables;
   p.weights = base + w.exact_weights;
@@ -279,6 +281,7 @@ void decode(Queue& queue, const Program& program, const void* tables, const std:
   p.call.rows = int32_t(count);
   p.call.restarts = 1;
   p.decoded = images;
+  p.wanted = wanted;
   run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);
 }
 

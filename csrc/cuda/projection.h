@@ -6,7 +6,21 @@
 
 namespace defgan::cuda {
 
-enum class KernelId { kPack, kTeam, kFused };
+enum class KernelId {
+  kPack,
+  kTeam,
+  kFused,
+  // of nearest.h
+  kCompareContent,
+  kDecideStale,
+  kCopyContent,
+  kLargestPixel,
+  kPackCandidates,
+  kPackImages,
+  kScore,
+  kSelect,
+};
+inline bool is_nearest(KernelId kernel) { return kernel >= KernelId::kCompareContent; }
 
 struct KernelLaunch {
   KernelId kernel;
@@ -27,7 +41,9 @@ class Queue {
 
 void project(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
              const Schedule& schedule, const ProjectArgs& args);
+// wanted: on the device; where it is 0 when the kernels start, they leave images as they were. nullptr: always wanted.
 void decode(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
-            const Schedule& schedule, const float* latents, int64_t count, void* workspace, float* images);
+            const Schedule& schedule, const float* latents, int64_t count, void* workspace, float* images,
+            const uint32_t* wanted = nullptr);
 
 }  // namespace defgan::cuda

@@ -378,6 +378,7 @@ struct Team {
 
 template <class S>
 DEFGAN_DEVICE void team_kernel(const TeamParams& p) {
+  if (p.wanted != nullptr && load_constant(p.wanted) == 0) return;
   Team<S>(p).run();
 }
 

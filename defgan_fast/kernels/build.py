@@ -32,8 +32,8 @@ NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-lineinfo"]
 # C++ sources see this macro in a build with CUDA, where the operator has a CUDA half.
 CUDA_MACROS = ["-DDEFGAN_WITH_CUDA"]
 
-# This C++ source includes CUDA's headers; every other one is part of every build.
-CUDA_HALF = "project_op_cuda.cpp"
+# C++ sources whose names end so include CUDA's headers; every other one is part of every build.
+CUDA_HALF = "_op_cuda.cpp"
 
 # Folders below csrc/ that serve tests alone: the C++ tests, and the execution of CUDA kernels on the CPU.
 TEST_FOLDERS = {"tests", "execution"}
@@ -87,7 +87,7 @@ def source_files(csrc: Path, cuda: bool = False) -> list[Path]:
         cuda: whether the kernels, and the half of the operator that launches them, are compiled too.
     """
     suffixes = {".cpp", ".cu"} if cuda else {".cpp"}
-    return [path for path in _files(csrc, suffixes) if cuda or path.name != CUDA_HALF]
+    return [path for path in _files(csrc, suffixes) if cuda or not path.name.endswith(CUDA_HALF)]
 
 
 def cuda_source_files(csrc: Path) -> list[Path]:

@@ -32,6 +32,7 @@ def test_objects_do_not_overwrite_each_other(tmp_path):
 def test_builds_with_cuda_have_more_sources():
     plain, cuda = set(build.source_files(CSRC)), set(build.source_files(CSRC, cuda=True))
     assert {path.name for path in cuda - plain} == {
+        "nearest_op_cuda.cpp",
         "project_op_cuda.cpp",
         *(path.name for path in build.cuda_source_files(CSRC)),
     }

@@ -14,7 +14,7 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,7 +34,9 @@ UNITS: list[tuple[str, list[str]]] = [
     ("execution/shadow.cpp", ["-O2"]),
     ("execution/fiber.cpp", ["-O2"]),
     ("execution/driver.cpp", ["-O1"]),
+    ("execution/driver_nearest.cpp", ["-O1"]),
     ("program.cpp", ["-O1"]),
+    ("nearest_search.cpp", ["-O1"]),
     ("projection.cpp", ["-O1"]),
     ("../plan.cpp", ["-O1"]),
     ("../geometry.cpp", ["-O1"]),
@@ -94,6 +96,14 @@ class Result:
     mapping: str
     teams: int
     blocks_per_team: int
+
+
+@dataclass
+class Kept:
+    """What a device keeps of a search's candidates: their images with what they were decoded from, and whether."""
+
+    memory: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    valid: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
 
 
 class Kernels:
@@ -170,6 +180,50 @@ class Kernels:
             *self._pointers(images),
         )
         return images
+
+    def nearest(
+        self,
+        images: Tensor,
+        candidates: Tensor,
+        parameters: Sequence[Tensor],
+        plan: str,
+        restarts: int,
+        draws: Tensor | None = None,
+        kept: Kept | None = None,
+        blocks: int = 2,
+        seed: int = 0,
+    ) -> Tensor:
+        """As the op `nearest`; ``kept``: what the device keeps from call to call, made anew where there is none."""
+        images, candidates = images.float().contiguous(), candidates.float().contiguous()
+        kept = kept or Kept()
+        size = ctypes.c_int64()
+        indices = torch.full((len(images), restarts), -1)
+        generator = self._generator(plan, "float32", parameters)
+        del generator[1]  # the precision
+
+        def call() -> None:
+            self._call(
+                "defgan_nearest",
+                *generator,
+                *self._pointers(candidates),
+                ctypes.c_int64(len(candidates)),
+                *self._pointers(images),
+                ctypes.c_void_p(None if draws is None else draws.data_ptr()),
+                ctypes.c_int64(len(images)),
+                ctypes.c_int64(restarts),
+                ctypes.c_int(blocks),
+                ctypes.c_uint64(seed),
+                ctypes.c_void_p(kept.memory.data_ptr() if len(kept.memory) else None),
+                *self._pointers(kept.valid),
+                ctypes.byref(size),
+                *self._pointers(indices),
+            )
+
+        if not len(kept.memory):
+            call()  # tells the size alone
+            kept.memory = torch.empty(size.value // 8, dtype=torch.int64)
+        call()
+        return indices
 
     def _generator(self, plan: str, precision: str, parameters: Sequence[Tensor]) -> list[object]:
         self._held = [p.detach().float().contiguous() for p in parameters]

@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "../params.h"
+#include "../nearest_search.h"
 #include "../projection.h"
 #include "driver_kernels.h"
 #include "launch.h"
@@ -21,7 +22,9 @@ class CpuQueue : public Queue {
     execution::launch(
         memory_, l.blocks, l.threads, l.shared_bytes, l.cooperative,
         [&] {
-          if (l.precision == Precision::kFloat32)
+          if (is_nearest(l.kernel))
+            run_nearest(l);
+          else if (l.precision == Precision::kFloat32)
             run_float32(l);
           else if (l.precision == Precision::kFloat16)
             run_float16(l);
@@ -141,6 +144,32 @@ int defgan_decode(const char* plan, int precision, const float* const* parameter
     g.memory.add("images", images, size_t(count * g.plan.image.elements()) * 4, false);
     CpuQueue queue(g.memory, seed);
     decode(queue, *g.program, g.tables->data, g.parameters, s, latents, count, workspace.data, images);
+  });
+}
+
+// Calls of one search on one "device": what is kept lives from one to the next. `kept` and `valid` are the caller's;
+// kept_bytes, out, tells how large `kept` must be, and nothing runs where `kept` is null.
+int defgan_nearest(const char* plan, const float* const* parameters, const int64_t* elements, int parameter_count,
+                   const float* candidates, int64_t count, const float* images, const int64_t* draws,
+                   int64_t images_count, int64_t restarts, int blocks, uint64_t seed, void* kept, uint32_t* valid,
+                   int64_t* kept_bytes, int64_t* indices) {
+  return guarded([&] {
+    Generator g(plan, int(Precision::kFloat32), parameters, elements, parameter_count);
+    const Device device = pretended_device(blocks);
+    const SearchSizes sizes = search_sizes(*g.program, g.parameters, device, count, images_count);
+    *kept_bytes = int64_t(sizes.kept_bytes);
+    if (kept == nullptr) return;
+    Buffer workspace(sizes.workspace_bytes);
+    g.memory.add("workspace", workspace.data, workspace.size, false);
+    g.memory.add("kept", kept, sizes.kept_bytes, *valid != 0);
+    g.memory.add("valid", valid, 4, true);
+    g.memory.add("candidates", static_cast<const void*>(candidates), size_t(count * g.plan.latent_size()) * 4);
+    g.memory.add("images", static_cast<const void*>(images), size_t(images_count * g.plan.image.elements()) * 4);
+    if (draws) g.memory.add("draws", static_cast<const void*>(draws), size_t(images_count) * 8);
+    g.memory.add("indices", indices, size_t(images_count * restarts) * 8, false);
+    CpuQueue queue(g.memory, seed);
+    find_nearest(queue, *g.program, g.tables->data, g.parameters, device,
+                 {candidates, count, images, draws, images_count, restarts, kept, valid, workspace.data, indices});
   });
 }
 }
