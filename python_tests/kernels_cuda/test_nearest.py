@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from defgan_fast import lowering, reference
 from defgan_fast.candidates import candidate_latents
 
-pytestmark = pytest.mark.slow
 LEVELS = 8191
 
 
