@@ -7,8 +7,9 @@ import torch
 from on_cpu import Kept, kernels
 from torch import Tensor, nn
 
-from defgan_fast import lowering, reference
+from defgan_fast import reference
 from defgan_fast.candidates import candidate_latents
+from defgan_fast.plan import lower
 
 LEVELS = 8191
 
@@ -24,7 +25,7 @@ class Case:
         ).eval()
         with torch.no_grad():
             self.generator[0].weight.copy_(candidates.flatten(1).T)
-        self.plan = lowering.lower(self.generator, count)
+        self.plan = lower(self.generator, count)
 
     def nearest(self, images: Tensor, restarts: int, draws: Tensor | None = None, **options: int) -> Tensor:
         parameters = self.plan.tensors(self.generator)
@@ -108,7 +109,7 @@ def test_bounded_and_unbounded_pixels(last: nn.Module) -> None:
     latents = candidate_latents(0, 70, 6, std=4.0)
     if isinstance(last, nn.Identity):
         latents[::9] = torch.inf
-    plan = lowering.lower(generator.eval(), 6)
+    plan = lower(generator.eval(), 6)
     decoded = generator(latents).detach()
     images = (decoded[1:8] + 0.05 * torch.randn(7, 1, 7, 7)).contiguous()
     found = kernels().nearest(images, latents, plan.tensors(generator), plan.text, 20)
