@@ -7,30 +7,21 @@
 The first validation images are attacked by FGSM with epsilon 0.3 against the undefended classifier, and projected
 with R = 10. One row each gives the classifier's accuracy on reconstructions of the clean and of the attacked images,
 the mean squared distance of the attacked images' reconstructions to the attacked and to the original images, and the
-area under the ROC curve of the reconstruction error as a detector.
+area under the ROC curve of the reconstruction error as a detector. The last line is without defence.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from defgan_fast import Projector, data, weights
-from defgan_fast.attacks import fgsm
-
-EPSILON = 0.3
-GROUP = 10  # images in one call, so that an interruption is heard
-
-
-def project(projector: Projector, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstructions [N, C, H, W] and their errors [N]."""
-    with torch.no_grad():
-        parts = [projector.project(group) for group in images.split(GROUP)]
-    return torch.cat([part.images for part in parts]), torch.cat([part.errors for part in parts])
+from defgan_fast.evaluation import transfer
+from defgan_fast.evaluation.metrics import auc
+from defgan_fast.evaluation.projection import project
 
 
 def main() -> None:
@@ -42,32 +33,30 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=30, help="the first so many of the split")
     parser.add_argument("--split", default="validation", choices=("validation", "test"))
     args = parser.parse_args()
-    from sklearn.metrics import roc_auc_score
 
-    dataset = data.load(args.dataset, split=args.split)
-    images, labels = dataset.images[: args.images], dataset.labels[: args.images]
+    clean = data.load(args.dataset, split=args.split).first(args.images)
     generator = weights.load_generator(args.generator or args.dataset)
-    classifier = weights.load_classifier(args.dataset).eval()
-    attacked = fgsm(classifier, images, labels, EPSILON)
-
-    @torch.no_grad()
-    def accuracy(x: torch.Tensor) -> float:
-        return (classifier(x).argmax(1) == labels).double().mean().item()
-
-    print(f"{len(images)} {args.split} images, undefended: {accuracy(images):.3f} {accuracy(attacked):.3f}")
+    classifier = weights.load_classifier(args.dataset)
+    attacked = transfer.attacked(classifier, clean)
     print("| rate | steps | clean | attacked | to the attacked image | to the original | detector's area |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for lr in args.lr:
         for steps in args.steps:
-            projector = Projector(generator, steps=steps, lr=lr)
-            clean, clean_errors = project(projector, images)
-            defended, attacked_errors = project(projector, attacked)
-            scores = torch.cat((clean_errors, attacked_errors)).numpy()
-            area = roc_auc_score([0] * len(images) + [1] * len(images), scores)
-            distances = [(defended - other).square().mean().item() for other in (attacked, images)]
-            row = [accuracy(clean), accuracy(defended), *distances, float(area)]
-            cells = [f"{value:.{4 if 2 <= i <= 3 else 3}f}" for i, value in enumerate(row)]
-            print(f"| {lr:g} | {steps} | {' | '.join(cells)} |", flush=True)
+            defend = partial(project, Projector(generator, steps=steps, lr=lr))
+            of_clean = transfer.defend(classifier, clean, defend)
+            of_attacked = transfer.defend(classifier, attacked, defend)
+            made = of_attacked.reconstructions.images
+            distances = [(made - other.images).square().mean().item() for other in (attacked, clean)]
+            area = auc(of_clean.reconstructions.errors, of_attacked.reconstructions.errors)
+            cells = [
+                f"{lr:g}",
+                f"{steps}",
+                f"{of_clean.accuracy_defended:.3f}",
+                f"{of_attacked.accuracy_defended:.3f}",
+            ]
+            cells += [f"{distance:.4f}" for distance in distances] + [f"{area:.3f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"undefended: {of_clean.accuracy:.3f} clean, {of_attacked.accuracy:.3f} attacked")
 
 
 if __name__ == "__main__":

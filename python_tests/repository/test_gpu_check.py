@@ -84,18 +84,6 @@ def test_a_part_that_fails_keeps_what_it_had_found(gpu_check, then, outcome, fai
     assert found["failures"] == ([failure] if failure else [])
 
 
-def test_a_failing_test_is_a_failure_and_what_it_recorded_is_kept(gpu_check, tmp_path):
-    test = "def test_one(record_property):\n    record_property('row', 1)\n    assert False, 'other bits'\n"
-    (tmp_path / "test_kernels_are_wrong.py").write_text(test + "def test_two(): pass\n")
-    found = gpu_check.Findings(tmp_path / "found.json", 100)
-    gpu_check.parts.run_tests(found, str(tmp_path / "test_kernels_are_wrong.py"))
-    kept = json.loads((tmp_path / "found.json").read_text())
-    assert kept["rows"] == [1]
-    assert kept["tests_passed"] == 1
-    assert len(kept["failures"]) == 1
-    assert "other bits" in kept["failures"][0]
-
-
 def test_an_exception_is_a_failure_with_its_words(gpu_check, tmp_path, monkeypatch):
     def broken(found):
         found["before"] = 1
