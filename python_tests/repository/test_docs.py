@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from defgan_fast import commands, data, load_generator
+from defgan_fast import commands, data, load_classifier, load_generator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENTS = [
@@ -120,6 +120,19 @@ def test_the_examples_for_a_generator_of_ones_own_run(capsys: pytest.CaptureFixt
     for example in examples:
         exec(compile(example, "your-own-generator.md", "exec"), names)
     assert len(capsys.readouterr().out.splitlines()) == 5  # a line for each rate
+
+
+def test_the_example_of_the_attacks_runs(capsys: pytest.CaptureFixture[str]):
+    test = data.load("digits", split="test")
+    names = {"generator": load_generator("digits"), "classifier": load_classifier("digits").eval()}
+    names |= {"images": test.images[:1], "labels": test.labels[:1]}
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attacks.md").read_text(), re.DOTALL)
+    cheap = {"steps=50": "steps=2, restarts=1", "40, step_rule": "2, step_rule", "queries=200": "queries=3"}
+    for dear, quick in cheap.items():
+        assert dear in example
+        example = example.replace(dear, quick)
+    exec(compile(example, "attacks.md", "exec"), names)
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_every_experiment_is_dated_names_a_command_and_is_in_the_index():
