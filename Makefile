@@ -85,7 +85,7 @@ cuda-build: $(CUDA_STAMP) ## build and import the extension against a CUDA torch
 	DEFGAN_EXPECT_CUDA=1 $(CUDA_VENV)/bin/pytest -p no:cacheprovider python_tests/kernels_cuda/test_cuda.py python_tests/commands/test_info.py $(ARGS)
 
 clean: ## remove what was compiled
-	rm -rf build dist *.egg-info defgan_fast/*.so defgan_fast/_C.json .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist *.egg-info defgan_fast/*.so defgan_fast/_C.json .mypy_cache .ruff_cache .import_linter_cache .pytest_cache
 	rm -f $(VENV)/.built-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 

@@ -26,7 +26,7 @@ FORMAT = "defgan_fast 1"
 
 
 def load_generator(name_or_path: str | os.PathLike[str]) -> nn.Module:
-    """A trained generator, in eval mode on the CPU.
+    """Loads a trained generator, in eval mode on the CPU.
 
     Args:
         name_or_path: "digits", "mnist" or "fashion_mnist", which are shipped, or the path of a weight file.
@@ -43,17 +43,17 @@ def load_generator(name_or_path: str | os.PathLike[str]) -> nn.Module:
 
 
 def load_classifier(name_or_path: str | os.PathLike[str]) -> nn.Module:
-    """A trained classifier, in eval mode on the CPU; arguments and errors as for :func:`load_generator`."""
+    """Loads a trained classifier, in eval mode on the CPU; arguments and errors as for :func:`load_generator`."""
     return _load(name_or_path, "classifier")
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> nn.Module:
-    """A trained autoencoder of MagNet, in eval mode on the CPU; none is shipped, errors as above."""
+    """Loads a trained autoencoder of MagNet, in eval mode on the CPU; none is shipped, errors as above."""
     return _load(path, "autoencoder")
 
 
 def shipped(kind: str) -> list[str]:
-    """Names of the shipped weights of one kind, "generator" or "classifier"."""
+    """Returns the names of the shipped weights of one kind, "generator" or "classifier"."""
     ending = f"_{kind}{SUFFIX}"
     return sorted(path.name[: -len(ending)] for path in FOLDER.glob("*" + ending))
 
@@ -94,7 +94,7 @@ def save(
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The card of a weight file; errors as for :func:`load_generator`."""
+    """Returns the card of a weight file; errors as for :func:`load_generator`."""
     return json.loads(_read(Path(path))[0]["card"])
 
 
