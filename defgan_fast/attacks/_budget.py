@@ -40,14 +40,16 @@ class Budget:
     def holds(self, points: Tensor, images: Tensor) -> Tensor:
         """Returns which points [N, C, H, W] are inside the ball and the range, [N] bool; NaN is outside.
 
-        The tolerance is the rounding of the points' own dtype: half a unit in the last place of every pixel.
+        The tolerance is the rounding of the points' own dtype: half a unit in the last place of every pixel, and of
+        the radius. In float32 it is below 1e-5; 16-bit images cannot keep a budget more exactly than this.
         """
         low, high = self.value_range
-        unit = torch.finfo(points.dtype).eps * max(abs(low), abs(high))
+        precision = torch.finfo(points.dtype).eps
+        unit = precision / 2 * max(abs(low), abs(high))
         many = 1.0 if self.norm == "linf" else math.sqrt(points[0].numel() if len(points) else 1)
         flat = points.flatten(1)
         in_range = (flat.amin(1) >= low - unit) & (flat.amax(1) <= high + unit)
-        return in_range & (self.distances(points, images) <= self.epsilon + unit * many)
+        return in_range & (self.distances(points, images) <= self.epsilon * (1 + precision) + unit * many)
 
     def project(self, points: Tensor, images: Tensor) -> Tensor:
         """Returns the nearest allowed points, [N, C, H, W]: first into the ball, then into the range."""

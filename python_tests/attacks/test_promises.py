@@ -36,6 +36,20 @@ def test_the_budget_is_kept_and_some_images_break(name):
 
 
 @ALL
+def test_sixteen_bits(name):
+    """The budget is kept up to the rounding of bfloat16: below 1, a pixel is at most 1/512 off."""
+    model, case = small_classifier().bfloat16(), CASES[name]
+    images, _ = images_and_labels(small_classifier(), 10)
+    images = images.bfloat16()
+    labels = model(images).argmax(1)
+    adversarial = run(name, model, images, labels)
+    assert adversarial.dtype == torch.bfloat16
+    off = (1 if case.norm == "linf" else 8) / 256 + case.epsilon / 128
+    assert distances(case, adversarial, images).max() <= case.epsilon + off
+    assert not torch.equal(adversarial, images)
+
+
+@ALL
 def test_other_ranges(name):
     """Images in [-1, 1] give what the same images in [0, 1] give, under twice the epsilon."""
     model = small_classifier()
