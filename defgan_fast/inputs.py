@@ -51,8 +51,11 @@ def check_shape(images: Tensor, expected: Sequence[int], name: str) -> None:
         )
 
 
-def check_z0(z0: Any, images: Tensor, latent_size: int | None) -> None:
+def check_z0(z0: Any, images: Tensor, latent_size: int | None, restarts: int) -> None:
     """Checks type, dtype, shape and device of starting points.
+
+    [B, k] is what an encoder makes of a batch, and would be taken as B restarts that all images share: it is refused
+    unless B is `restarts`.
 
     Raises:
         TypeError: they are no tensor of a floating dtype.
@@ -69,6 +72,11 @@ def check_z0(z0: Any, images: Tensor, latent_size: int | None) -> None:
     if not fits or z0.shape[-2] < 1 or (latent_size is not None and z0.shape[-1] != latent_size):
         raise ValueError(
             f"z0 must have shape [R, {k}] or [{images.shape[0]}, R, {k}] with R at least 1, got {list(z0.shape)}"
+        )
+    if z0.dim() == 2 and z0.shape[0] == images.shape[0] > 1 and z0.shape[0] != restarts:
+        raise ValueError(
+            f"z0 must have shape [R, {k}] or [B, R, {k}], got {list(z0.shape)} for {images.shape[0]} images: pass "
+            "z0[:, None] for one point an image, z0.expand(B, -1, -1) for points that all images share"
         )
 
 

@@ -59,8 +59,8 @@ class KernelPath:
 
     def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
         return ops.project(
-            images.detach(),
-            start.detach(),
+            _single(images.detach()),
+            _single(start.detach()),
             self.parameters,
             self.plan,
             descent.lr_schedule,
@@ -134,6 +134,11 @@ class ReferencePath:
             images, reconstruction, z0, self._decoder, descent, self.dtype
         )
         return tied
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """Returns a float64 tensor as float32, which the kernels take; any other one as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def dtype_of(generator: nn.Module) -> torch.dtype | None:

@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from . import arguments, gradients, inputs, precisions, reference, starts
 from .kernels import extension, ops
 from .paths import KernelPath, Path, ReferencePath
-from .plan import LoweringError, Plan, activations, latent_size_of, lower, takes_maps
+from .plan import LoweringError, Plan, activations, latent_size_of, lower, structure_of, takes_maps
+from .plan.latents import check_takes_latents_alone, failure_of
 
 _PRECISIONS = ("auto", *precisions.ALL)
 _GRADIENTS = ("straight_through", "unrolled", "none")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
+
+# Sizes beyond every use; what follows from them must not be allocated before somebody notices a slip.
+MOST_STEPS = 1_000_000
+MOST_RESTARTS = 65_536
+MOST_ROWS = 2**31 - 1
 
 
 class Projection(NamedTuple):
@@ -90,8 +96,8 @@ class Projector(nn.Module):
         super().__init__()
         if not isinstance(generator, nn.Module):
             raise TypeError(f"generator must be a torch.nn.Module, got {type(generator).__name__}")
-        self.steps = arguments.count("steps", steps)
-        self.restarts = arguments.count("restarts", restarts)
+        self.steps = arguments.count("steps", steps, most=MOST_STEPS)
+        self.restarts = arguments.count("restarts", restarts, most=MOST_RESTARTS)
         self.lr = arguments.number("lr", lr, above=0)
         self.momentum = arguments.number("momentum", momentum, least=0, below=1)
         self.lr_decay = arguments.number("lr_decay", lr_decay, above=0)
@@ -100,31 +106,40 @@ class Projector(nn.Module):
         self.precision = arguments.choice("precision", precision, _PRECISIONS)
         self.gradient = arguments.choice("gradient", gradient, _GRADIENTS)
         self.backend = arguments.choice("backend", backend, _BACKENDS)
-        self.max_rows = None if max_rows is None else arguments.count("max_rows", max_rows)
+        self.max_rows = None if max_rows is None else arguments.count("max_rows", max_rows, most=MOST_ROWS)
         self.validate = validate
         self.generator = generator.eval()
-        self.latent_size = latent_size_of(generator)
-        self._plan, self._reason, self._range = self._lower()
-        self._takes_maps = self.latent_size is not None and takes_maps(generator, self.latent_size)
+        check_takes_latents_alone(generator)
         self._warned = False
+        self._read_generator()
+
+    def _read_generator(self) -> None:
+        """Finds out all that depends on the generator's structure and on the backend."""
+        backend = arguments.choice("backend", self.backend, _BACKENDS)
+        missing = None
+        if backend == "cuda":
+            missing = ops.missing_cuda()
+        elif backend == "cpu" and not ops.kernels_available:
+            missing = extension.status()["reason"]
+        if missing is not None:
+            raise RuntimeError(f'backend "{backend}" is not available: {missing}')
+        generator = self.generator
+        self.latent_size = latent_size_of(generator)
+        self._takes_maps = self.latent_size is not None and takes_maps(generator, self.latent_size)
+        self._plan, self._reason, self._range = self._lower()
+        self._read = (backend, structure_of(generator))
         # Not a buffer: converting the module's dtype must not round them, and they are not state.
         self._starts: Tensor | None = None
+        self._starts_of = (self.seed, self.restarts)
         if self.seed is not None and self.latent_size is not None:
             points = starts.starting_points(self.seed, self.restarts, self.latent_size)
             self._starts = points.to(self._device())
 
     def _lower(self) -> tuple[Plan | None, str, tuple[float, float] | None]:
         """Returns the plan that kernels run, or None and why; and the range of the generator's pixels where known."""
-        if self.backend == "cuda":
-            missing = ops.missing_cuda()
-            if missing is not None:
-                raise RuntimeError(f'backend "cuda" is not available: {missing}')
-        if self.backend == "cpu" and not ops.kernels_available:
-            raise RuntimeError(f'backend "cpu" is not available: {extension.status()["reason"]}')
         try:
             if self.latent_size is None:
-                name = type(self.generator).__name__
-                raise LoweringError(f"generator {name} does not tell its latent size")
+                raise LoweringError(self._no_latent_size())
             plan = lower(self.generator, self.latent_size)
         except LoweringError as error:
             if self.backend in ("cpu", "cuda"):
@@ -133,8 +148,21 @@ class Projector(nn.Module):
         if self.backend == "reference":
             return None, "the reference backend was asked for", plan.output_range
         if not ops.kernels_available:
-            return None, "", plan.output_range  # importing the package has warned, with the reason
+            return None, extension.status()["reason"], plan.output_range
         return plan, "", plan.output_range
+
+    def _no_latent_size(self) -> str:
+        failure = failure_of(self.generator)
+        name = type(self.generator).__name__
+        return f"generator {name} does not tell its latent size{f' ({failure})' if failure else ''}"
+
+    def _notice_changes(self) -> None:
+        """Reads the generator anew where a layer, a setting, a hook or the backend has changed since.
+
+        A compiled or exported graph is a snapshot by nature, and is not asked.
+        """
+        if not torch.compiler.is_compiling() and self._read != (self.backend, structure_of(self.generator)):
+            self._read_generator()
 
     # --- what users see ---------------------------------------------------------------------------------
 
@@ -142,6 +170,11 @@ class Projector(nn.Module):
     def plan(self) -> Plan | None:
         """The lowered generator, None where there is no lowering."""
         return self._plan
+
+    @property
+    def why_reference(self) -> str | None:
+        """Why calls take the reference path, in one clause that names the layer at fault; None where kernels run."""
+        return self._why_reference(self._device() or torch.device("cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the projections of images [B, C, H, W], same shape, dtype and device; raises as `project` does."""
@@ -162,6 +195,7 @@ class Projector(nn.Module):
             TypeError: images or z0 are no tensors of a floating dtype.
             ValueError: shapes, devices or values do not fit; the message names the argument.
         """
+        self._notice_changes()
         self._check(images, z0)
         seed = arguments.seed(seed)
         if any(module.training for module in self.generator.modules()):
@@ -186,7 +220,7 @@ class Projector(nn.Module):
 
     def precision_for(self, images: Tensor) -> str:
         """Returns the precision that a call with these images would use: one of `precisions.ALL`, or "float64"."""
-        if self._is_double(images):
+        if self._is_double():
             return "float64"
         if self.precision != "auto":
             return self.precision
@@ -201,7 +235,7 @@ class Projector(nn.Module):
 
     def backend_for(self, images: Tensor) -> str:
         """Returns the backend that a call with these images would use: "cpu", "cuda" or "reference"."""
-        return images.device.type if self._plan is not None and self._kernel_can_take(images) else "reference"
+        return images.device.type if self._why_reference(images.device) is None else "reference"
 
     def train(self, mode: bool = True) -> Projector:
         """Sets the mode of the projector alone: the generator stays in eval mode, its statistics are frozen."""
@@ -221,13 +255,19 @@ class Projector(nn.Module):
         """Returns the path that a call takes, after the checks that only its start can make."""
         validate = images.device.type == "cpu" if self.validate is None else self.validate
         precision = self.precision_for(images)
-        if self._plan is not None and self._kernel_can_take(images):
-            return KernelPath(self._plan, self.generator, precision, self.max_rows, validate)
-        self._warn_of_reference(images)
         if precision == "float16" and images.device.type == "cpu":
+            if self.precision == "auto":
+                raise ValueError("autocast must be in bfloat16 on the CPU, got float16")
             raise ValueError(
                 'precision must be "float32" or "bfloat16" on the CPU, got "float16": use "bfloat16"'
             )
+        reason = self._why_reference(images.device)
+        if self._plan is not None and reason is None:
+            return KernelPath(self._plan, self.generator, precision, self.max_rows, validate)
+        # Importing the package has warned where there are no kernels, and float64 is there to be exact.
+        if self.backend == "auto" and ops.kernels_available and not self._is_double() and not self._warned:
+            self._warned = True
+            warnings.warn(f"running on the reference path: {reason}", stacklevel=4)
         if validate:
             inputs.check_values(images, start, self._range)
         path = ReferencePath(
@@ -246,17 +286,6 @@ class Projector(nn.Module):
             inputs.check_shape(images, shape, name)
         return path
 
-    def _warn_of_reference(self, images: Tensor) -> None:
-        """Warns, once, that a call takes the reference path though nobody asked for it."""
-        reason = self._reason
-        if images.device.type == "cuda" and self._plan is not None and not self._is_double(images):
-            reason = (
-                f"no CUDA kernels for {images.device}: {ops.missing_cuda() or 'its architecture is too old'}"
-            )
-        if self.backend == "auto" and reason and not self._warned:
-            self._warned = True
-            warnings.warn(f"running on the reference path: {reason}", stacklevel=5)
-
     def _check(self, images: Any, z0: Any) -> None:
         expected = None if self._plan is None else self._plan.image_shape
         inputs.check_images(images, expected, type(self.generator).__name__, self._device())
@@ -265,7 +294,7 @@ class Projector(nn.Module):
                 f'images must be on a {self.backend} device with backend="{self.backend}", got {images.device}'
             )
         if z0 is not None:
-            inputs.check_z0(z0, images, self.latent_size)
+            inputs.check_z0(z0, images, self.latent_size, self.restarts)
 
     # --- small things -----------------------------------------------------------------------------------
 
@@ -279,29 +308,28 @@ class Projector(nn.Module):
             self._starts = self._starts.to(self._device() or self._starts.device)
         return self
 
-    def _is_double(self, images: Tensor) -> bool:
-        if images.dtype == torch.float64:
-            return True
+    def _is_double(self) -> bool:
         return any(p.dtype == torch.float64 for p in self.generator.parameters())
 
-    def _kernel_can_take(self, images: Tensor) -> bool:
-        if self._is_double(images):
-            return False
-        device = images.device
-        return device.type == "cpu" or (device.type == "cuda" and ops.cuda_kernels_run_on(device.index or 0))
+    def _why_reference(self, device: torch.device) -> str | None:
+        """Returns why calls with images on a device take the reference path, None where kernels run."""
+        if self._plan is None:
+            return self._reason
+        if self._is_double():
+            return f"generator {type(self.generator).__name__} is float64"
+        if device.type == "cuda" and not ops.cuda_kernels_run_on(device.index or 0):
+            return f"no CUDA kernels for {device}: {ops.missing_cuda() or 'its architecture is too old'}"
+        return None if device.type in ("cpu", "cuda") else f"no kernels for {device.type} devices"
 
     def _start(self, images: Tensor, z0: Tensor | None, seed: int | None) -> Tensor:
         if z0 is not None:
             return z0
         if self.latent_size is None:
-            raise ValueError(
-                f"generator {type(self.generator).__name__} does not tell its latent size: pass z0, or give it "
-                "an attribute latent_size"
-            )
+            raise ValueError(f"{self._no_latent_size()}: pass z0, or give it an attribute latent_size")
         if seed is None:
             return starts.fresh(images.shape[0], self.restarts, self.latent_size, images.device)
         kept = self._starts
-        if kept is not None and seed == self.seed and kept.shape[0] == self.restarts:
+        if kept is not None and (seed, self.restarts) == self._starts_of:
             return kept
         return starts.seeded(seed, self.restarts, self.latent_size).to(images.device)
 

@@ -7,6 +7,7 @@ tracing.py          from an `nn.Module` to a plan: the walk along its graph, and
 torch_layers.py     what each kind of torch layer adds to the chain
 chain.py            the chain while it grows
 latents.py          which latents a generator takes
+structure.py        what of a generator a plan depends on beside its weights
 
 A new activation is a row of `activations.ACTIVATIONS`. A new kind of layer is a field or a kind of `layers.Layer`, a
 function of `interpretation.KINDS` and a handler of `torch_layers.MODULES` or `FUNCTIONS`. Both need `csrc/plan.h`
@@ -16,6 +17,7 @@ beside it.
 from .interpretation import interpret
 from .latents import decoder_of, latent_size_of, takes_maps
 from .layers import Layer, LoweringError, Plan
+from .structure import structure_of
 from .tracing import lower
 
 __all__ = [
@@ -26,5 +28,6 @@ __all__ = [
     "interpret",
     "latent_size_of",
     "lower",
+    "structure_of",
     "takes_maps",
 ]

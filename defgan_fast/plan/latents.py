@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LARGEST = 2**20
+"""Latents of more numbers are not tried: a wrong declaration must not fill the memory."""
 
 
 def latent_size_of(generator: nn.Module) -> int | None:
@@ -43,6 +47,38 @@ def probe_of(generator: nn.Module, latent_size: int) -> Tensor:
     return torch.randn(3, latent_size, generator=rng, dtype=torch.float32, device="cpu").to(like)
 
 
+def failure_of(generator: nn.Module) -> str | None:
+    """Returns what happens with latents of the likeliest size, in one clause; None where nothing tells a size."""
+    for size in _candidates(generator):
+        if not 0 <= size <= LARGEST:
+            return f"latents of {size} numbers are not tried, {LARGEST} at most"
+        try:
+            _outputs(generator, probe_of(generator, size))
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            return f"with latents [3, {size}] it raises {type(error).__name__}: {line}"
+    return None
+
+
+def check_takes_latents_alone(generator: nn.Module) -> None:
+    """Checks that a generator can be called with latents and nothing else.
+
+    Raises:
+        TypeError: its forward needs more, as that of a conditional generator does.
+    """
+    try:
+        signature = inspect.signature(generator.forward)
+    except (TypeError, ValueError):
+        return  # a forward written in C has none
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f"generator {type(generator).__name__} must take latents alone, got forward{signature} ({error}): "
+            "wrap it in a module that fixes the other arguments"
+        ) from None
+
+
 def _candidates(generator: nn.Module) -> Iterator[int]:
     """Yields the sizes to try, the likelier first."""
     for module in generator.modules():
@@ -62,6 +98,8 @@ def _candidates(generator: nn.Module) -> Iterator[int]:
 
 def _form_of(generator: nn.Module, latent_size: int) -> str | None:
     """Returns "rows" where the generator runs on latents [N, k], else "maps" for [N, k, 1, 1], else None."""
+    if not 0 <= latent_size <= LARGEST:
+        return None
     probe = probe_of(generator, latent_size)
     for form, latents in (("rows", probe), ("maps", probe[:, :, None, None])):
         try:
