@@ -261,7 +261,7 @@ struct Image {
         float sums[kRows];
         for (int r = 0; r < kRows; ++r) sums[r] = g.bias ? g.bias[p] : 0.0f;
         for (int e = g.entry_begin[p]; e < g.entry_begin[p + 1]; ++e) {
-          const float* s = columns + g.entries[e].place * stride + g.entries[e].lane;
+          const float* s = columns + g.entries[e].slot * stride + g.entries[e].lane;
           for (int r = 0; r < kRows; ++r) sums[r] += s[r * kUnitFloats];
         }
         for (int r = 0; r < kRows; ++r) image[int64_t(r) * g.pixel_stride + p] = sums[r];
@@ -296,7 +296,7 @@ struct Image {
       for (const PixelRun* run = begin; run != end; ++run)
         for (int r = 0; r < decltype(count)::value; ++r) {
           const float* s = from + int64_t(r) * pixel_stride + run->pixel;
-          float* d = to + run->place * stride + r * kUnitFloats + run->lane;
+          float* d = to + run->slot * stride + r * kUnitFloats + run->lane;
           int left = run->count;
           for (; left >= 4; left -= 4, s += 4, d += 4) __builtin_memcpy(d, s, 16);
           for (; left > 0; --left) *d++ = *s++;

@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../plan.h"
+#include "../geometry.h"
 
 namespace defgan::cpu {
 
@@ -27,11 +27,6 @@ enum TileWidth { kOneVector, kOnePanel, kTwoPanels, kFourPanels };
 constexpr int kTileWidths = 4;
 constexpr int panels_of(TileWidth width) { return width == kFourPanels ? 4 : int(width); }
 constexpr int vectors_of(TileWidth width) { return width == kOneVector ? 1 : 2 * panels_of(width); }
-
-struct Tap {
-  int32_t source;  // position
-  int32_t matrix;
-};
 
 // What a kernel does with its sums.
 enum class Epilogue {
@@ -204,12 +199,12 @@ struct KernelTable {
 
 // The image side, always float32. A pixel is the sum of the elements of `columns` that its entries name.
 struct PixelEntry {
-  int32_t place;  // in units of rows: float offset (place * rows + row) * 16 + lane
+  int32_t slot;  // of the columns' units, unit * positions + position: a row's is at float (slot * rows + row) * 16
   int32_t lane;
 };
 // Neighbouring lanes whose elements belong to neighbouring pixels; backward these get the pixels' gradients.
 struct PixelRun {
-  int32_t place;
+  int32_t slot;
   int32_t lane;
   int32_t pixel;
   int32_t count;

@@ -6,8 +6,6 @@
 #include <map>
 #include <set>
 
-#include "../geometry.h"
-
 namespace defgan::cpu {
 
 namespace {
@@ -152,62 +150,55 @@ void set_channels(Gemm& g, const KernelTable* table, int source, int destination
   g.steps = round_up(table->unit_channels == 32 ? (source + 1) / 2 : source, table->step_multiple);
 }
 
-void drop_tap_schedule(Gemm& g) {
-  g.vertical.clear();
-  g.horizontal.clear();
-  g.phases = 1;
-}
-
-int tap_count(const Gemm& g, int position) { return g.tap_begin[size_t(position) + 1] - g.tap_begin[size_t(position)]; }
-
 // The positions of a phase in their order, or, where kernels take two at once, pairs of those with the same matrices.
 // These have the same bias, too: it differs between positions in a Linear layer only, where each has its own matrices.
-std::vector<Place> places_of(const Gemm& g, const std::vector<int>& positions) {
-  std::vector<Place> places;
-  std::map<std::vector<int>, size_t> single;  // by matrices: the place that has no twin yet
+std::vector<Stop> stops_of(const Gemm& g, const std::vector<int>& positions) {
+  std::vector<Stop> stops;
+  std::map<std::vector<int>, size_t> single;  // by matrices: the stop that has no twin yet
   for (const int p : positions) {
     if (g.table->twins) {
       std::vector<int> matrices;
-      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t)
-        matrices.push_back(g.taps[size_t(t)].matrix);
-      const auto [found, added] = single.emplace(std::move(matrices), places.size());
+      for (int t = g.taps.begin[size_t(p)]; t < g.taps.begin[size_t(p) + 1]; ++t)
+        matrices.push_back(g.taps.items[size_t(t)].matrix);
+      const auto [found, added] = single.emplace(std::move(matrices), stops.size());
       if (!added) {
-        places[found->second].twin = p;
+        stops[found->second].twin = p;
         single.erase(found);
         continue;
       }
     }
-    places.push_back({p, -1, 0, 0});
+    stops.push_back({p, -1, 0, 0});
   }
-  return places;
+  return stops;
 }
 
 // Orders positions phase by phase. While one phase is computed the next one's matrices are fetched, or after the last
 // phase those that the next panel begins with; a position's share of them is its share of the phase's taps.
-void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
+void order_stops(Gemm& g, const std::vector<std::vector<int>>& phases) {
   std::vector<std::vector<int>> matrices;  // of each phase
   for (const std::vector<int>& positions : phases) {
     std::set<int> used;
     for (const int p : positions)
-      for (int t = g.tap_begin[size_t(p)]; t < g.tap_begin[size_t(p) + 1]; ++t) used.insert(g.taps[size_t(t)].matrix);
+      for (int t = g.taps.begin[size_t(p)]; t < g.taps.begin[size_t(p) + 1]; ++t)
+        used.insert(g.taps.items[size_t(t)].matrix);
     matrices.emplace_back(used.begin(), used.end());
   }
   for (size_t phase = 0; phase < phases.size(); ++phase) {
     const bool last = phase + 1 == phases.size();
     const std::vector<int>& next = matrices[last ? 0 : phase + 1];
     const int64_t wanted = int64_t(next.size()) * g.steps;
-    std::vector<Place> places = places_of(g, phases[phase]);
+    std::vector<Stop> stops = stops_of(g, phases[phase]);
     int64_t all = 0, done = 0;
-    for (const Place& place : places) all += tap_count(g, place.position);
-    for (Place& place : places) {
-      const int taps = tap_count(g, place.position);
+    for (const Stop& stop : stops) all += g.taps.count(stop.position);
+    for (Stop& stop : stops) {
+      const int taps = g.taps.count(stop.position);
       if (taps > 0 && wanted > 0) {
         const int64_t from = wanted * done / all;
         const int matrix = next[size_t(from / g.steps)] + (last ? g.matrices : 0);
-        place.ahead_step = int64_t(matrix) * g.steps + from % g.steps;
-        place.ahead_rate = float(next.size()) / float(all);
+        stop.ahead_step = int64_t(matrix) * g.steps + from % g.steps;
+        stop.ahead_rate = float(next.size()) / float(all);
       }
-      g.order.push_back(place);
+      g.order.push_back(stop);
       done += taps;
     }
   }
@@ -217,19 +208,26 @@ void order_places(Gemm& g, const std::vector<std::vector<int>>& phases) {
 // The tap schedule, where the layer suits it: runs must read neighbours once positions are in phase order. A gradient's
 // source can be stored in that order (the layer above writes it so); a forward pass's source is in natural order, which
 // its other readers want.
-void add_tap_schedule(Gemm& g, const LayerLinks& links, Direction direction) {
-  g.vertical = runs_of(links.vertical, direction);
-  g.horizontal = runs_of(links.horizontal, direction);
-  g.phases = 1;
-  for (const Run& r : g.horizontal)
-    if (r.count > 1) g.phases = std::max(g.phases, r.source_step);
-  bool suits = true;
-  for (const Run& r : g.horizontal) suits = suits && (r.count == 1 || r.source_step == g.phases);
+std::optional<TapRuns> tap_runs_of(const Layer& l, const LayerLinks& links, Direction direction) {
+  const bool backward = direction == Direction::kBackward;
+  const Shape &source = backward ? l.out : l.in, &destination = backward ? l.in : l.out;
+  if (l.kind == Kind::kLinear || destination.positions() < 4) return std::nullopt;
+  TapRuns runs{runs_of(links.vertical, direction),
+               runs_of(links.horizontal, direction),
+               int(links.horizontal.sets.size()),
+               source.w,
+               destination.w,
+               1};
+  for (const Run& r : runs.horizontal)
+    if (r.count > 1) runs.phases = std::max(runs.phases, r.source_step);
+  bool suits = backward || runs.phases == 1;
+  for (const Run& r : runs.horizontal) suits = suits && (r.count == 1 || r.source_step == runs.phases);
   // Matrices that visit one destination from two sources (possible for none of the supported kinds with runs
   // this regular) would be summed in another order than the taps; one run a set and dimension excludes it.
-  for (size_t i = 1; i < g.horizontal.size(); ++i) suits = suits && g.horizontal[i].set != g.horizontal[i - 1].set;
-  for (size_t i = 1; i < g.vertical.size(); ++i) suits = suits && g.vertical[i].set != g.vertical[i - 1].set;
-  if (!suits || (direction == Direction::kForward && g.phases > 1) || g.destination_positions < 4) drop_tap_schedule(g);
+  for (const std::vector<Run>* list : {&runs.horizontal, &runs.vertical})
+    for (size_t i = 1; i < list->size(); ++i) suits = suits && (*list)[i].set != (*list)[i - 1].set;
+  if (!suits || runs.horizontal.empty()) return std::nullopt;
+  return runs;
 }
 
 // What one direction of a layer computes: taps of every destination position, their order, the tap schedule.
@@ -241,15 +239,10 @@ void link(Gemm& g, const KernelTable* table, const Layer& l, const LayerLinks& l
   g.destination_positions = destination.positions();
   set_channels(g, table, source.c, destination.c);
   g.matrices = links.matrices();
-  g.horizontal_sets = int(links.horizontal.sets.size());
-  g.source_width = source.w;
-  g.destination_width = destination.w;
   // By matrix: the one order of summation that both schedules follow.
-  const Lists<defgan::Tap> taps = taps_of(l, links, direction, {});
-  g.tap_begin = taps.begin;
-  for (const defgan::Tap& tap : taps.items) g.taps.push_back({tap.source, tap.matrix});
-  order_places(g, positions_by_phase(destination, phases_of(l, direction)));
-  if (l.kind != Kind::kLinear) add_tap_schedule(g, links, direction);
+  g.taps = taps_of(l, links, direction, {});
+  order_stops(g, positions_by_phase(destination, phases_of(l, direction)));
+  g.tap_runs = tap_runs_of(l, links, direction);
 }
 
 // weight(matrix, source channel, destination channel)
@@ -307,11 +300,8 @@ void pack_bias(Gemm& g, const std::vector<float>& bias) {
 
 void pack_map(PackedLayer& packed, const Source& source) {
   const Layer& l = packed.layer;
-  const MapTable table = map_table_of(l);
   Map& map = packed.map;
-  map.from = table.from;
-  map.to_begin = table.readers.begin;
-  map.to = table.readers.items;
+  map.table = map_table_of(l);
   map.scale_positions = source.addresses.norm_per_element ? l.out.positions() : 1;
   const int units = round_up(l.out.c, 32) / 16;  // whole units of either storage type
   map.scale.assign(size_t(units) * size_t(map.scale_positions) * 16, 1.0f);
@@ -334,7 +324,7 @@ void pack_last_by_taps(PackedLayer& last, const KernelTable* table, const Source
   pack_bias(last.forward, bias_of(source));
   link(last.backward, table, last.layer, links, Direction::kBackward);
   // The image's gradient is in natural order, so only a schedule that reads that will do.
-  if (last.backward.phases > 1) drop_tap_schedule(last.backward);
+  if (last.backward.tap_runs && last.backward.tap_runs->phases > 1) last.backward.tap_runs.reset();
   pack_direction(last.backward, m, Direction::kBackward);
 }
 
@@ -348,9 +338,8 @@ void pack_last_by_columns(PackedLayer& last, const KernelTable* table, const Sou
   for (Gemm* g : {&last.forward, &last.backward}) {
     g->source_positions = g->destination_positions = 1;
     g->matrices = 1;
-    g->tap_begin = {0, 1};
-    g->taps = {{0, 0}};
-    order_places(*g, {{0}});
+    g->taps = {{0, 1}, {{0, 0}}};
+    order_stops(*g, {{0}});
   }
   const auto weight = [&m](int ci, int column) { return m.at(column % m.count, ci)[column / m.count]; };
   pack_weights(last.forward, [&](int, int ci, int column) { return weight(ci, column); });
@@ -378,13 +367,12 @@ void pack_entries(PackedGenerator& packed, const ImageGeometry& image) {
   std::vector<PixelRun> single;
   for (int pixel = 0; pixel < packed.pixels(); ++pixel)
     for (int i = packed.entry_begin[size_t(pixel)]; i < packed.entry_begin[size_t(pixel) + 1]; ++i)
-      single.push_back({packed.entries[size_t(i)].place, packed.entries[size_t(i)].lane, pixel, 1});
-  std::sort(single.begin(), single.end(), [](const PixelRun& a, const PixelRun& b) {
-    return a.place != b.place ? a.place < b.place : a.lane < b.lane;
-  });
+      single.push_back({packed.entries[size_t(i)].slot, packed.entries[size_t(i)].lane, pixel, 1});
+  std::sort(single.begin(), single.end(),
+            [](const PixelRun& a, const PixelRun& b) { return a.slot != b.slot ? a.slot < b.slot : a.lane < b.lane; });
   for (const PixelRun& next : single) {
     PixelRun* before = packed.runs.empty() ? nullptr : &packed.runs.back();
-    if (before && before->place == next.place && before->lane + before->count == next.lane &&
+    if (before && before->slot == next.slot && before->lane + before->count == next.lane &&
         before->pixel + before->count == next.pixel)
       ++before->count;
     else
@@ -397,7 +385,7 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const Source& source
   // Entries are summed by matrix, as a layer's taps are.
   const ImageGeometry image = image_geometry_of(packed.plan, table->lanes, {});
   packed.columns = image.columns;
-  packed.image_places = image.positions;
+  packed.image_positions = image.positions;
   packed.image_units = round_up(image.channels, 16) / 16;
   if (image.columns) {
     pack_last_by_columns(last, table, source, image);
@@ -406,6 +394,12 @@ void pack_image(PackedGenerator& packed, PackedLayer& last, const Source& source
     pack_last_by_taps(last, table, source, image.links);
   }
   pack_entries(packed, image);
+}
+
+// Whether the gradient of the one source position, the latent, is taken from these weights: where a panel has enough taps
+// for its products to outweigh the sums over lanes in the end (a fully connected network's has one).
+bool gives_latent_gradient(const Gemm& g) {
+  return g.source_positions == 1 && g.taps.items.size() >= 8 && g.table->latent[kOnePanel][1];
 }
 
 // Both directions of a layer with a matrix that is not the last. The first one's forward weights may give the latent's
@@ -418,10 +412,11 @@ void pack_matrix(PackedLayer& packed, const KernelTable* table, const Source& so
   link(forward, table, l, links, Direction::kForward);
   pack_direction(forward, m, Direction::kForward);
   pack_bias(forward, bias_of(source));
-  if (first && forward.gives_latent_gradient()) {
+  if (first && gives_latent_gradient(forward)) {
+    LatentGradient& gradient = forward.latent_gradient.emplace();
     for (int p = 0; p < forward.destination_positions; ++p)
-      for (int t = forward.tap_begin[size_t(p)]; t < forward.tap_begin[size_t(p) + 1]; ++t)
-        forward.latent_taps.push_back({p, forward.taps[size_t(t)].matrix});
+      for (int t = forward.taps.begin[size_t(p)]; t < forward.taps.begin[size_t(p) + 1]; ++t)
+        gradient.taps.push_back({p, forward.taps.items[size_t(t)].matrix});
   } else {
     link(packed.backward, table, l, links, Direction::kBackward);
     pack_direction(packed.backward, m, Direction::kBackward);
@@ -458,7 +453,7 @@ std::shared_ptr<PackedGenerator> pack_all(const Plan& plan, const std::vector<Pa
       pack_image(*packed, layer, source);
     else if (l.has_matrix())
       pack_matrix(layer, table, source, n == 0);
-    layer.gradient_order = gradient_order_of(l.out, layer.backward.phases);
+    layer.gradient_order = gradient_order_of(l.out, layer.backward.tap_runs ? layer.backward.tap_runs->phases : 1);
     packed->layers.push_back(std::move(layer));
   }
   return packed;

@@ -3,8 +3,10 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "../geometry.h"
 #include "buffer.h"
 #include "instruction_sets.h"
 
@@ -17,13 +19,26 @@ struct Run {
   int set, source, destination, count, source_step, destination_step;
 };
 
-// A destination position in the order in which a panel computes them, or two that a kernel may take together.
-// Meanwhile its share of the weights that come
-// next is fetched: from this step of the panel on (counted through all matrices and on into the next panel), so many
-// steps for each of its own.
-struct Place {
+// How the taps of a single row are computed: one after the other, each over rectangles of neighbouring positions.
+struct TapRuns {
+  std::vector<Run> vertical, horizontal;
+  int horizontal_sets;
+  int source_width, destination_width;  // positions
+  int phases;  // of the source along x: positions are stored in phase order, so that a run's are neighbours
+};
+
+// How the latent's gradient is taken from the first layer's forward weights: its taps, each with the destination of the
+// forward pass as its source.
+struct LatentGradient {
+  std::vector<Tap> taps;
+};
+
+// Where a panel's kernels stop: a destination position, or one and its twin. Meanwhile the stop's share of the weights
+// that come next is fetched: from this channel step of the panel on (counted through all matrices and on into the next
+// panel), so many steps for each of its own.
+struct Stop {
   int position;
-  int twin;  // another one with the same matrices, or -1
+  int twin;  // another position with the same matrices, or -1
   int64_t ahead_step;
   float ahead_rate;
 };
@@ -34,17 +49,12 @@ struct Gemm {
   int source_positions = 0, destination_positions = 0;
   int source_channels = 0, destination_channels = 0;
   int matrices = 0;
-  std::vector<int> tap_begin;  // per destination position, and one more
-  std::vector<Tap> taps;
-  std::vector<Tap> latent_taps;  // of a gradient by these weights: from which destination, by which matrix
-  std::vector<Place> order;      // those of one phase together, which share matrices, so that these stay in cache
-  bool paired = false;           // whether most positions have a twin
+  Lists<Tap> taps;          // of each destination position
+  std::vector<Stop> order;  // those of one phase together, which share matrices, so that these stay in cache
+  bool paired = false;      // whether most positions have a twin
 
-  // The tap schedule of a single row; empty where the layer does not suit it.
-  std::vector<Run> vertical, horizontal;
-  int horizontal_sets = 0;
-  int source_width = 0, destination_width = 0;
-  int phases = 1;  // of the source along x: positions are read in phase order, so that a run is contiguous
+  std::optional<TapRuns> tap_runs;                // where a single row takes the tap schedule
+  std::optional<LatentGradient> latent_gradient;  // where the latent's gradient is taken from these weights
 
   int steps = 0;   // dwords of source channels
   int panels = 0;  // full ones
@@ -54,18 +64,12 @@ struct Gemm {
   std::vector<float> bias;           // empty for gradients; padded to whole panels
   int64_t bias_position_stride = 0;  // 0: the same bias at every position
 
-  // Whether the gradient of its one source position, the latent, is taken from these weights: where a panel has enough
-  // taps for its products to outweigh the sums over lanes in the end (a fully connected network's has one).
-  bool gives_latent_gradient() const {
-    return source_positions == 1 && taps.size() >= 8 && table->latent[kOnePanel][1];
-  }
-  bool has_tap_schedule() const { return !horizontal.empty(); }
   const char* panel(int index) const { return weights.data() + index * panel_stride; }
 };
 
 // The affine map of a kMap layer.
 struct Map {
-  std::vector<int> from, to_begin, to;
+  MapTable table;
   std::vector<float> scale, shift;  // [unit][scale_positions][16]
   int scale_positions = 1;
 };
@@ -87,10 +91,10 @@ struct PackedGenerator {
   // final error and decodes. nullptr where it is this very object.
   std::shared_ptr<const PackedGenerator> exact;
 
-  // The image is read from `image_places` x rows units that the last layer leaves: the output itself, or, where
-  // the image has few channels, one column for every (channel, tap) of an input position.
+  // The image is read from `image_positions` x rows units that the last layer leaves: the output itself, or, where
+  // the image has few channels, one column for every (channel, matrix) pair.
   bool columns = false;
-  int image_places = 0, image_units = 0;
+  int image_positions = 0, image_units = 0;
   std::vector<int> entry_begin;
   std::vector<PixelEntry> entries;
   std::vector<PixelRun> runs;  // the same, by column

@@ -109,7 +109,7 @@ void Passes::forward_layer(const PackedGenerator& g, size_t n, const char* sourc
   if (p.layer.kind == Kind::kMap) return map_forward(table_of(g), p, source, stored, activation, p.slope);
   if (p.layer.kind == Kind::kReorder) return reorder_forward(table_of(g), p, source, stored);
   LayerWork work{source, rows_, stored, Epilogue::kActivate, activation, p.slope, {}};
-  const bool by_taps = rows_ == 1 && p.forward.has_tap_schedule();
+  const bool by_taps = rows_ == 1 && p.forward.tap_runs;
   if (by_taps || is_transcendental(activation)) {
     work.epilogue = Epilogue::kRaw;
     work.destination = w_.scratch.data();
@@ -130,7 +130,7 @@ void Passes::last_layer_forward(const PackedGenerator& g, const char* source) {
   if (p.layer.kind == Kind::kMap) return map_forward(*g.set->float32, p, source, columns, Activation::kIdentity, 1.0f);
   if (p.layer.kind == Kind::kReorder) return reorder_forward(*g.set->float32, p, source, columns);
   // All places of the columns are rows of one position to the kernels.
-  const int rows = g.columns ? g.image_places * rows_ : rows_;
+  const int rows = g.columns ? g.image_positions * rows_ : rows_;
   row_schedule(p.forward, {source, rows, columns, Epilogue::kRaw, Activation::kIdentity, 1.0f, {}}, me_);
 }
 
@@ -143,7 +143,7 @@ void Passes::map_forward(const KernelTable& table, const PackedLayer& p, const c
   args.stored = stored;
   args.positions = p.layer.out.positions();
   args.rows = rows_;
-  args.from = p.map.from.data();
+  args.from = p.map.table.from.data();
   args.scale = p.map.scale.data();
   args.shift = p.map.shift.data();
   args.scale_positions = p.map.scale_positions;
@@ -213,10 +213,10 @@ void Passes::backward_layer(size_t n) {
     meet();
     const Range units = me_.share(units_of(p.layer.in.c, kUnitFloats));
     work.finish(int(units.begin) * kUnitFloats, int(units.end) * kUnitFloats, {0, work.finish.args.places});
-  } else if (single && n > 0 && p.backward.has_tap_schedule() && !columns) {
+  } else if (single && n > 0 && p.backward.tap_runs && !columns) {
     tap_schedule(p.backward, work, me_);
   } else {
-    if (columns) work.rows = g_.image_places * rows_;
+    if (columns) work.rows = g_.image_positions * rows_;
     row_schedule(p.backward, work, me_);
   }
 }
@@ -230,8 +230,8 @@ void Passes::pass_gradient(const PackedLayer& p, const KernelTable& table, const
     return table.reorder_backward({passed, mine.begin, mine.end});
   }
   const Range units = me_.share(units_of(p.layer.in.c, kUnitFloats));
-  table.map_backward({passed, p.map.to_begin.data(), p.map.to.data(), p.map.scale.data(), p.map.scale_positions,
-                      int(units.begin), int(units.end)});
+  table.map_backward({passed, p.map.table.readers.begin.data(), p.map.table.readers.items.data(), p.map.scale.data(),
+                      p.map.scale_positions, int(units.begin), int(units.end)});
 }
 
 // The last layer's gradient, float32, over the stored output of the layer below, bfloat16.

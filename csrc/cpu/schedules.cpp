@@ -65,7 +65,7 @@ class RowSchedule {
         run_tiles(g_.order[0], me_.share(tiles_));
         continue;
       }
-      for (const Place& stop : g_.order) {
+      for (const Stop& stop : g_.order) {
         const int64_t at = vector;
         vector += vectors_of(width_);
         if (at >= mine.begin && at < mine.end) run_tiles(stop, {0, tiles_});
@@ -100,10 +100,10 @@ class RowSchedule {
     step_bytes_ = (width_ == kOneVector ? 1 : 2) * table_.lanes * 4;
   }
 
-  const Tap* taps_of(int position) const { return g_.taps.data() + g_.tap_begin[size_t(position)]; }
+  const Tap* taps_of(int position) const { return g_.taps.items.data() + g_.taps.begin[size_t(position)]; }
 
   // The panels at hand at one stop of the order, which is a position or one and its twin.
-  void run_tiles(const Place& stop, Range tiles) {
+  void run_tiles(const Stop& stop, Range tiles) {
     const bool together = tiling_.twins && stop.twin >= 0 && 2 * work_.rows <= table_.max_rows[width_];
     const float calls = stop.twin >= 0 && !together ? 2 : 1;
     if (tiling_.fetches_ahead) {
@@ -117,7 +117,7 @@ class RowSchedule {
     for (const int position : {stop.position, stop.twin}) {
       if (position < 0) continue;
       args_.taps = taps_of(position);
-      args_.tap_count = g_.tap_begin[size_t(position) + 1] - g_.tap_begin[size_t(position)];
+      args_.tap_count = g_.taps.count(position);
       args_.bias = g_.bias.empty() ? nullptr : g_.bias.data() + position * g_.bias_position_stride + channel_;
       for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) run_tile(position, int(tile), together);
       if (together) {
@@ -160,7 +160,8 @@ class TapSchedule {
         table_(*gemm.table),
         work_(work),
         me_(me),
-        width_(g_.destination_width),
+        runs_(*gemm.tap_runs),
+        width_(runs_.destination_width),
         unit_bytes_(int64_t(g_.destination_positions) * kUnitBytes) {
     args_.steps = g_.steps;
     args_.unit_stride = int64_t(g_.source_positions) * kUnitBytes;
@@ -175,14 +176,14 @@ class TapSchedule {
       const int panel = item / slices, slice = item % slices;
       begin_panel(panel, height * slice / slices, height * (slice + 1) / slices);
       start_sums();
-      for (const Run& v : g_.vertical) {
+      for (const Run& v : runs_.vertical) {
         // The run's lines that fall into this slice.
         const auto before = [&v](int y) {
           return y <= v.destination ? 0 : (y - v.destination + v.destination_step - 1) / v.destination_step;
         };
         const Range lines{before(line_begin_), std::min(before(line_end_), v.count)};
         if (lines.begin >= lines.end) continue;
-        for (const Run& h : g_.horizontal) run_tap(panel, v, h, lines);
+        for (const Run& h : runs_.horizontal) run_tap(panel, v, h, lines);
       }
       work_.finish(channel_, channel_ + channels_, {int64_t(line_begin_) * width_, int64_t(line_end_) * width_});
     }
@@ -193,6 +194,7 @@ class TapSchedule {
   const KernelTable& table_;
   const LayerWork& work_;
   const Member& me_;
+  const TapRuns& runs_;
   const int width_;  // of the destination, in positions
   const int64_t unit_bytes_;
   TapArgs args_{};
@@ -231,9 +233,9 @@ class TapSchedule {
   // One tap over the given lines of its valid rectangle.
   void run_tap(int panel, const Run& v, const Run& h, Range lines) {
     const int first = int(lines.begin), count = int(lines.end - lines.begin);
-    args_.weights = g_.panel(panel) + (v.set * g_.horizontal_sets + h.set) * matrix_stride_;
+    args_.weights = g_.panel(panel) + (v.set * runs_.horizontal_sets + h.set) * matrix_stride_;
     args_.destination_step = int64_t(h.destination_step) * kUnitBytes;
-    source_start_ = phase_position(h.source, g_.phases, g_.source_width);
+    source_start_ = phase_position(h.source, runs_.phases, runs_.source_width);
     // The next matrix is fetched while this one is used, which takes about so many tiles.
     const int64_t tiles = int64_t(h.count) * count / table_.max_positions + 1;
     args_.ahead = args_.weights + matrix_stride_;
@@ -257,7 +259,7 @@ class TapSchedule {
     for (int s = 0; s < segments; ++s) {
       const int64_t line = lines.begin + s;
       const int64_t sy = v.source + line * v.source_step, dy = v.destination + line * v.destination_step;
-      args_.source[s] = work_.source + (sy * g_.source_width + from) * kUnitBytes;
+      args_.source[s] = work_.source + (sy * runs_.source_width + from) * kUnitBytes;
       args_.destination[s] = destination + (dy * width_ + to) * kUnitBytes;
     }
     args_.positions = positions;
@@ -284,8 +286,8 @@ void sum_latent_panels(const Gemm& g, const char* source, int rows, float* sums,
   LatentArgs args{};
   args.position_stride = int64_t(rows) * kUnitBytes;
   args.unit_stride = int64_t(g.destination_positions) * rows * kUnitBytes;
-  args.taps = g.latent_taps.data();
-  args.tap_count = int(g.latent_taps.size());
+  args.taps = g.latent_gradient->taps.data();
+  args.tap_count = int(g.latent_gradient->taps.size());
   const Range mine = me.share((g.panels + g.tail) * units);  // of all panels' units
   for (int panel = g.panels + g.tail; panel-- > 0;) {
     const TileWidth width = panel < g.panels ? kOnePanel : kOneVector;

@@ -14,9 +14,7 @@ int64_t latent_sums_bytes(const PackedGenerator& g, int rows) {
 
 }  // namespace
 
-bool takes_latent_gradient(const PackedGenerator& g) {
-  return g.layers.size() > 1 && g.layers[0].layer.has_matrix() && g.layers[0].forward.gives_latent_gradient();
-}
+bool takes_latent_gradient(const PackedGenerator& g) { return g.layers.front().forward.latent_gradient.has_value(); }
 
 // A buffer is cleared where its padding may be read: what is written whole before it is read need not be.
 enum class Padding { kNeverRead, kCleared };
@@ -27,9 +25,9 @@ void Workspace::list(const PackedGenerator& g, int rows, const Use& use) {
   const int k = plan.latent_size();
   const int64_t latent_bytes = int64_t(rows) * k * 4, latent_units = buffer_bytes({k, 1, 1}, rows);
   const int64_t image_bytes = int64_t(rows) * g.pixel_stride() * 4;
-  const int places = std::max(g.image_places, g.float32().image_places);
+  const int positions = std::max(g.image_positions, g.float32().image_positions);
   const int units = std::max(g.image_units, g.float32().image_units);
-  const int64_t column_bytes = int64_t(places) * units * rows * kUnitBytes;
+  const int64_t column_bytes = int64_t(positions) * units * rows * kUnitBytes;
   use(latent, latent_bytes, Padding::kNeverRead);
   use(velocity, latent_bytes, Padding::kNeverRead);
   use(gradient, latent_units, Padding::kCleared);

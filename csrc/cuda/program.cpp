@@ -13,8 +13,11 @@ namespace {
 int chunks_of(int channels) { return (channels + kChunk - 1) / kChunk; }
 int padded(int channels) { return chunks_of(channels) * kChunk; }
 
-// Of a layer's matrices: whether taps are summed at each destination, or all (channel, matrix) columns are one matrix.
+// How a layer's products are taken: the taps of each destination are summed, or all its columns are one matrix.
 enum class Form { kTaps, kColumns };
+
+// Which of a layer's channels one side of its matrices has.
+enum class Channels { kInput, kOutput };
 
 class Builder {
  public:
@@ -80,7 +83,7 @@ class Builder {
     return at;
   }
 
-  // In the source tables' unit, of a position of the stage's source; kNone: of the zeros.
+  // Returns where a position of the stage's source lies, in the source tables' unit; kNone stands for the zeros.
   int32_t source_of(const Stage& s, int position) const {
     const int64_t at = position == kNone ? p_.header.zero : s.source + block_bytes(position, s.source_chunks);
     if (at / kSourceUnit > std::numeric_limits<int32_t>::max())
@@ -179,22 +182,23 @@ class Builder {
 
   const ParameterAddresses& addresses_of(const Layer& l) const { return addresses_[size_t(&l - plan_.layers.data())]; }
 
-  // Which elements of a parameter the channels of one side of a matrix are.
+  // Which elements of its parameters each padded channel, or column, of one side of a matrix reads; kNone where none.
   struct Side {
-    std::vector<int32_t> offset, norm, set;  // of each padded channel or column; kNone where it has none
+    std::vector<int32_t> offset, norm, set;
   };
 
-  Side side_of(const Layer& l, bool output, int padded_channels, int columns_of_channel) const {
+  Side side_of(const Layer& l, Channels which, int padded_channels, Form form, int matrices) const {
+    const bool output = which == Channels::kOutput;
     const ParameterAddresses& at = addresses_of(l);
     Side side;
     for (std::vector<int32_t>* list : {&side.offset, &side.norm, &side.set})
       list->assign(size_t(padded_channels), kNone);
-    const int channels = output ? l.out.c : l.in.c, copies = output ? columns_of_channel : 1;
+    const int channels = output ? l.out.c : l.in.c, copies = output && form == Form::kColumns ? matrices : 1;
     for (int i = 0; i < channels * copies; ++i) {
       const int channel = i / copies;
       side.offset[size_t(i)] = int32_t(channel * (output ? at.step_out : at.step_in));
       if (output) side.norm[size_t(i)] = at.norm_of(0, channel);
-      if (output) side.set[size_t(i)] = i % copies;
+      if (output && form == Form::kColumns) side.set[size_t(i)] = i % copies;
     }
     return side;
   }
@@ -216,9 +220,10 @@ class Builder {
       pack.gamma = l.norm.weight;
       pack.eps = float(l.norm.eps);
     }
-    const int copies = columns ? links.matrices() : 1;
-    const Side row_side = side_of(l, !backward, pack.rows, copies);
-    const Side column_side = side_of(l, backward, pack.columns, copies);
+    const Side row_side =
+        side_of(l, backward ? Channels::kInput : Channels::kOutput, pack.rows, form, links.matrices());
+    const Side column_side =
+        side_of(l, backward ? Channels::kOutput : Channels::kInput, pack.columns, form, links.matrices());
     pack.row_offset = add_table(row_side.offset);
     pack.row_norm = add_table(row_side.norm);
     pack.row_set = add_table(row_side.set);
