@@ -69,9 +69,9 @@ std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, 
     args.start_per_image = z0.dim() == 3;
     args.images_count = count;
     args.restarts = int(restarts);
-    args.rates = static_cast<const float*>(rates.const_data_ptr());
-    args.steps = int(lr_schedule.size());
-    args.momentum = float(momentum);
+    args.descent.rates = static_cast<const float*>(rates.const_data_ptr());
+    args.descent.steps = int(lr_schedule.size());
+    args.descent.momentum = float(momentum);
     args.workspace = working.mutable_data_ptr();
     args.latents = latents.mutable_data_ptr<float>();
     args.errors = errors.mutable_data_ptr<float>();

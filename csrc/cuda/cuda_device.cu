@@ -1,4 +1,4 @@
-// The projection on the current CUDA device: launch.h's calls over a queue that is a stream.
+// The projection on the current CUDA device: enqueue.h's calls over a queue that is a stream.
 #include "entries.cuh"
 #include "nearest_search.h"
 #include "params.h"

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "projection.h"
+#include "queue.h"
 
 namespace defgan::cuda {
 

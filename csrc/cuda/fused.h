@@ -538,12 +538,12 @@ struct Fused {
   DEFGAN_DEVICE void update_latents(int step) const {
     float gradient[4];
     linear_backward(gradient);
-    const float rate = load_constant(p.call.rates + step);
+    const float rate = load_constant(p.call.descent.rates + step);
     Float4 z = load_shared(own(G::kLatents)), velocity = load_shared(own(G::kVelocities));
-    momentum_step(z.x, velocity.x, gradient[0], p.gradient_scale, p.call.momentum, rate);
-    momentum_step(z.y, velocity.y, gradient[1], p.gradient_scale, p.call.momentum, rate);
-    momentum_step(z.z, velocity.z, gradient[2], p.gradient_scale, p.call.momentum, rate);
-    momentum_step(z.w, velocity.w, gradient[3], p.gradient_scale, p.call.momentum, rate);
+    momentum_step(z.x, velocity.x, gradient[0], p.gradient_scale, p.call.descent.momentum, rate);
+    momentum_step(z.y, velocity.y, gradient[1], p.gradient_scale, p.call.descent.momentum, rate);
+    momentum_step(z.z, velocity.z, gradient[2], p.gradient_scale, p.call.descent.momentum, rate);
+    momentum_step(z.w, velocity.w, gradient[3], p.gradient_scale, p.call.descent.momentum, rate);
     store_shared(own(G::kVelocities), velocity);
     store_latents(z);
   }
@@ -565,7 +565,7 @@ struct Fused {
     for (int i = thread_index(); i < G::kZeroBytes / 16; i += kFusedThreads)
       store_shared(reinterpret_cast<Vec4*>(shared(G::kZero)) + i, Vec4{0, 0, 0, 0});
 
-    for (int step = 0; step < p.call.steps; ++step) {
+    for (int step = 0; step < p.call.descent.steps; ++step) {
       apart<&Fused::start_image>(params);
       sync_block();
       apart<&Fused::linear>(params);

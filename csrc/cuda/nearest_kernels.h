@@ -2,7 +2,7 @@
 #pragma once
 
 #include "nearest.h"
-#include "projection.h"
+#include "queue.h"
 
 namespace defgan::cuda {
 

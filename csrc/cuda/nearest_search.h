@@ -1,7 +1,7 @@
 // The nearest candidates on a GPU, as the binding sees it: what is kept between calls, and one call that only enqueues.
 #pragma once
 
-#include "projection.h"
+#include "queue.h"
 
 namespace defgan::cuda {
 

@@ -1,6 +1,7 @@
 // What the host hands to each kernel: plain structs of device pointers and sizes.
 #pragma once
 
+#include "../descent.h"
 #include "device_types.h"
 #include "program.h"
 
@@ -29,9 +30,7 @@ struct Call {
   int32_t rows, first_row;  // of the whole call; the first one of this launch
   int32_t restarts;
   int32_t start_per_image;
-  const float* rates;  // [steps]
-  int32_t steps;
-  float momentum;
+  Descent descent;
   float* latents;  // out: [rows, k]
 };
 

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "../geometry.h"
-#include "launch.h"
+#include "enqueue.h"
 
 namespace defgan::cuda {
 

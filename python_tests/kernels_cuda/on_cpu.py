@@ -37,7 +37,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("execution/driver_nearest.cpp", ["-O1"]),
     ("program.cpp", ["-O1"]),
     ("nearest_search.cpp", ["-O1"]),
-    ("projection.cpp", ["-O1"]),
+    ("enqueue.cpp", ["-O1"]),
     ("../plan.cpp", ["-O1"]),
     ("../geometry.cpp", ["-O1"]),
 ]

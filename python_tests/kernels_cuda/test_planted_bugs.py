@@ -64,7 +64,7 @@ class Bug:
     found: tuple[str, ...]
 
 
-FUSED, TEAM, GEMM, PACKING = "fused.h", "team.h", "gemm.h", "packing.h"
+FUSED, LAYERED, GEMM, PACKING = "fused.h", "layered.h", "gemm.h", "packing.h"
 BUGS = [
     # fused
     Bug(
@@ -151,7 +151,7 @@ BUGS = [
     # layered and split
     Bug(
         "pieces, one too many",
-        TEAM,
+        LAYERED,
         "i < pieces * groups; i +=",
         "i < pieces * groups + PLANTED; i +=",
         "layered",
@@ -159,7 +159,7 @@ BUGS = [
     ),
     Bug(
         "errors, one row too many",
-        TEAM,
+        LAYERED,
         "if (lane == 0 && row_of(group, row) < p.call.rows)",
         "if (lane == 0 && row_of(group, row) < p.call.rows + PLANTED)",
         "layered",
@@ -167,7 +167,7 @@ BUGS = [
     ),
     Bug(
         "latents, one row too many",
-        TEAM,
+        LAYERED,
         "if (r >= p.call.rows) continue;",
         "if (r >= p.call.rows + PLANTED) continue;",
         "layered",
@@ -175,7 +175,7 @@ BUGS = [
     ),
     Bug(
         "blocks do the same work",
-        TEAM,
+        LAYERED,
         "thread = block_index() % p.blocks_per_team * block_threads() +",
         "thread = block_index() % p.blocks_per_team * block_threads() * !PLANTED +",
         "split",
@@ -183,7 +183,7 @@ BUGS = [
     ),
     Bug(
         "a group of the next team",
-        TEAM,
+        LAYERED,
         "groups = int(int64_t(p.group_count) * (team + 1) / p.teams)",
         "groups = int(int64_t(p.group_count) * (team + 1 + PLANTED) / p.teams)",
         "split",
@@ -191,7 +191,7 @@ BUGS = [
     ),
     Bug(
         "tasks skipped",
-        TEAM,
+        LAYERED,
         "task += warps)",
         "task += warps + PLANTED)",
         "layered",
@@ -199,7 +199,7 @@ BUGS = [
     ),
     Bug(
         "zeros of a group not whole",
-        TEAM,
+        LAYERED,
         "i < groups * zeros; i +=",
         "i < groups * zeros - PLANTED; i +=",
         "layered",
@@ -207,7 +207,7 @@ BUGS = [
     ),
     Bug(
         "velocity not zeroed",
-        TEAM,
+        LAYERED,
         "store_global(velocity + channel * kGroupRows + row, 0.0f);",
         "if (!PLANTED) store_global(velocity + channel * kGroupRows + row, 0.0f);",
         "layered",
@@ -215,7 +215,7 @@ BUGS = [
     ),
     Bug(
         "the next entry of a map",
-        TEAM,
+        LAYERED,
         "scaled(load_constant(index + s.index + position), position, v);",
         "scaled(load_constant(index + s.index + position + PLANTED), position, v);",
         "layered",
@@ -223,7 +223,7 @@ BUGS = [
     ),
     Bug(
         "another row's gradient",
-        TEAM,
+        LAYERED,
         "(pixel * kGroupRows + row)",
         "(pixel * kGroupRows + (row ^ PLANTED))",
         "split",
@@ -290,7 +290,7 @@ UNSEEN = {
 
 def _barriers() -> list[Bug]:
     bugs = []
-    for file, case in ((FUSED, "fused"), (TEAM, "float32"), (GEMM, "layered"), (PACKING, "layered")):
+    for file, case in ((FUSED, "fused"), (LAYERED, "float32"), (GEMM, "layered"), (PACKING, "layered")):
         text = (CSRC / "cuda" / file).read_text()
         for match in re.finditer(r"\b(sync_block|sync_warp|meet)\(\);", text):
             function = re.findall(r"DEFGAN_DEVICE(?:_NOINLINE)?[^;{}]*?(\w+)\(", text[: match.start()])[-1]
@@ -336,7 +336,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> on_cpu.Kernels:
     """Returns the kernels with every bug in them, all switched off."""
     folder = tmp_path_factory.mktemp("planted")
     shutil.copytree(CSRC, folder / "csrc")
-    for file in (FUSED, TEAM, GEMM, PACKING):
+    for file in (FUSED, LAYERED, GEMM, PACKING):
         path = folder / "csrc" / "cuda" / file
         path.write_text(_plant(file, path.read_text()))
     # One fused geometry is enough, and compiles three times as fast.

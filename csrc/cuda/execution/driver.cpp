@@ -1,4 +1,4 @@
-// The CUDA kernels on the CPU, behind a C interface that tests load: the same host code (projection.cpp) and the same
+// The CUDA kernels on the CPU, behind a C interface that tests load: the same host code (enqueue.cpp) and the same
 // kernel sources, each thread a fiber of the executor (execution/). Not part of the extension.
 #include <cstdlib>
 #include <cstring>
@@ -6,7 +6,7 @@
 
 #include "../params.h"
 #include "../nearest_search.h"
-#include "../projection.h"
+#include "../queue.h"
 #include "driver_kernels.h"
 #include "launch.h"
 
@@ -95,8 +95,8 @@ extern "C" {
 
 const char* defgan_error() { return last_error.c_str(); }
 
-// precision: 0 float32, 1 float16, 2 bfloat16; mapping as in launch.h. seed 0: threads in order. Shapes as in
-// launch.h's ProjectArgs, all in host memory. schedule[3], out: mapping, teams, blocks of a team.
+// precision: 0 float32, 1 float16, 2 bfloat16; mapping as in enqueue.h. seed 0: threads in order. Shapes as in
+// enqueue.h's ProjectArgs, all in host memory. schedule[3], out: mapping, teams, blocks of a team.
 int defgan_project(const char* plan, int precision, const float* const* parameters, const int64_t* elements,
                    int parameter_count, const float* images, const float* start, int start_per_image,
                    int64_t images_count, int restarts, const float* rates, int steps, float momentum, int mapping,
@@ -121,9 +121,9 @@ int defgan_project(const char* plan, int precision, const float* const* paramete
     args.start_per_image = start_per_image;
     args.images_count = images_count;
     args.restarts = restarts;
-    args.rates = rates;
-    args.steps = steps;
-    args.momentum = momentum;
+    args.descent.rates = rates;
+    args.descent.steps = steps;
+    args.descent.momentum = momentum;
     args.workspace = workspace.data;
     args.latents = latents;
     args.errors = errors;

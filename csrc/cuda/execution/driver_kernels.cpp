@@ -3,7 +3,7 @@
 
 #include "../fused.h"
 #include "../packing.h"
-#include "../team.h"
+#include "../layered.h"
 
 namespace defgan::cuda {
 

@@ -1,7 +1,7 @@
 // One thread of any kernel, by precision: each is a compilation of driver_kernels.cpp, so that they compile side by side.
 #pragma once
 
-#include "../projection.h"
+#include "../queue.h"
 
 namespace defgan::cuda {
 

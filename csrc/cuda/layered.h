@@ -163,8 +163,9 @@ struct Team {
 
   DEFGAN_DEVICE void multiply(int n, int slot, float rate) const {
     const Stage& s = stage_in(slot);
-    const Product product{slot,   index,           classes_of(s), p.weights + s.weights, p.vectors, buffers(0),
-                          groups, p.call.momentum, rate};
+    const Product product{slot,      index,      classes_of(s), p.weights + s.weights,
+                          p.vectors, buffers(0), groups,        p.call.descent.momentum,
+                          rate};
     switch (n < kMaxChoices ? load_shared(&team_tables()->choice[n]) : choose(s)) {
       case kWide: return multiply_tiles<Wide>(s, product);
       case kNarrow: return multiply_tiles<Narrow>(s, product);
@@ -213,7 +214,7 @@ struct Team {
           float* const latent = reinterpret_cast<float*>(buffers(group) + h.latent) + at;
           float* const velocity = reinterpret_cast<float*>(buffers(group) + h.velocity) + at;
           float z = load_global(latent), speed = load_global(velocity);
-          momentum_step(z, speed, v[j], h.gradient_scale, p.call.momentum, rate);
+          momentum_step(z, speed, v[j], h.gradient_scale, p.call.descent.momentum, rate);
           store_global(latent, z);
           store_global(velocity, speed);
           v[j] = z;
@@ -362,8 +363,8 @@ struct Team {
     start();
     meet();
     int slot = 0;
-    for (int step = 0; step < (descend ? p.call.steps : 1); ++step) {
-      const float rate = descend ? load_constant(p.call.rates + step) : 0.0f;
+    for (int step = 0; step < (descend ? p.call.descent.steps : 1); ++step) {
+      const float rate = descend ? load_constant(p.call.descent.rates + step) : 0.0f;
       for (int n = 0; n < stages; ++n) {
         bring_stage(n + 1 < stages ? n + 1 : 0, 1 - slot);
         run_stage(n, slot, rate);

@@ -3,7 +3,7 @@
 
 #include "entries.cuh"
 #include "packing.h"
-#include "team.h"
+#include "layered.h"
 
 namespace defgan::cuda {
 

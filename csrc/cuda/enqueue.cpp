@@ -1,4 +1,4 @@
-#include "projection.h"
+#include "queue.h"
 
 #include <algorithm>
 #include <limits>
@@ -118,26 +118,40 @@ void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_
   }
 }
 
+// The stages of a program whose plan has a fused geometry, in the program's order.
+enum FusedStage {
+  kLinear,
+  kFirst,
+  kSecond,
+  kColumns,  // the last layer: every tap's product at every input position
+  kImage,
+  kSpread,
+  kColumnsBack,
+  kSecondBack,
+  kFirstBack,
+  kLinearBack,
+};
+
 void run_fused(Queue& queue, const Program& program, const char* weights, const float* vectors, const Call& call,
                int64_t rows_in_flight) {
   const int geometry = geometry_of(program.plan);
-  // 0 to 3 forward, image, spread, then layers 3 to 0 backward.
-  const auto matrices = [&](int stage) { return weights + program.stages[size_t(stage)].weights; };
-  const auto bias = [&](int stage) { return vectors + program.stages[size_t(stage)].bias; };
+  const auto stage = [&](FusedStage name) -> const Stage& { return program.stages[size_t(name)]; };
+  const auto matrices = [&](FusedStage name) { return weights + stage(name).weights; };
+  const auto bias = [&](FusedStage name) { return vectors + stage(name).bias; };
   FusedParams p{};
-  p.linear = matrices(0);
-  p.first = matrices(1);
-  p.second = matrices(2);
-  p.columns = matrices(3);
-  p.columns_back = matrices(6);
-  p.second_back = matrices(7);
-  p.first_back = matrices(8);
-  p.linear_back = matrices(9);
-  p.linear_bias = bias(0);
-  p.linear_bias_stride = program.stages[0].bias_stride;
-  p.first_bias = bias(1);
-  p.second_bias = bias(2);
-  p.image_bias = program.stages[4].bias == kNone ? nullptr : bias(4);
+  p.linear = matrices(kLinear);
+  p.first = matrices(kFirst);
+  p.second = matrices(kSecond);
+  p.columns = matrices(kColumns);
+  p.columns_back = matrices(kColumnsBack);
+  p.second_back = matrices(kSecondBack);
+  p.first_back = matrices(kFirstBack);
+  p.linear_back = matrices(kLinearBack);
+  p.linear_bias = bias(kLinear);
+  p.linear_bias_stride = stage(kLinear).bias_stride;
+  p.first_bias = bias(kFirst);
+  p.second_bias = bias(kSecond);
+  p.image_bias = stage(kImage).bias == kNone ? nullptr : bias(kImage);
   p.gradient_scale = program.header.gradient_scale;
   for (int64_t first = 0; first < call.rows; first += rows_in_flight) {
     const int64_t end = std::min<int64_t>(call.rows, first + rows_in_flight);
@@ -241,9 +255,7 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   p.call.start_per_image = args.start_per_image;
   p.call.rows = int32_t(args.images_count * args.restarts);
   p.call.restarts = args.restarts;
-  p.call.rates = args.rates;
-  p.call.steps = args.steps;
-  p.call.momentum = args.momentum;
+  p.call.descent = args.descent;
   p.call.latents = args.latents;
   if (schedule.mapping == Mapping::kFused)
     run_fused(queue, program, p.weights, p.vectors, p.call, schedule.rows_in_flight);

@@ -1,5 +1,5 @@
 // Packing and the team kernel in bfloat16.
-#include "team_entries.cuh"
+#include "layered_entries.cuh"
 
 namespace defgan::cuda {
 

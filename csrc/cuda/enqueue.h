@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../descent.h"
 #include "../plan.h"
 
 namespace defgan::cuda {
@@ -70,12 +71,10 @@ struct ProjectArgs {
   bool start_per_image;  // which of the two
   int64_t images_count;  // B
   int restarts;          // R
-  const float* rates;    // device, learning rate of each step, [steps]
-  int steps;             // L
-  float momentum;
-  void* workspace;  // device, schedule.workspace_bytes, 256-byte aligned, contents arbitrary
-  float* latents;   // device, out: [B, R, k]
-  float* errors;    // device, out: [B, R], mean squared error after the last step, evaluated in float32
+  Descent descent;       // its rates on the device
+  void* workspace;       // device, schedule.workspace_bytes, 256-byte aligned, contents arbitrary
+  float* latents;        // device, out: [B, R, k]
+  float* errors;         // device, out: [B, R], mean squared error after the last step, evaluated in float32
 };
 
 // Enqueues a projection. `tables`: device copy of tables_of(program). `stream`: a cudaStream_t.
