@@ -70,6 +70,38 @@ def test_pgd_turns_where_the_gradient_turns():
     assert found.item() == pytest.approx(0.42, abs=0.0101)
 
 
+def test_auto_pgd_by_hand():
+    """Steps of 2 epsilon with momentum; at the checkpoint after 0.22 of the steps half of that, from the best point."""
+
+    class Bump(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.points = []
+
+        def forward(self, images):
+            self.points.append(images.item())
+            score = 40 * (images.flatten(1)[:, 0] - 0.42).square()  # least at 0.42, where class 0 loses most
+            return torch.stack((score, torch.zeros_like(score)), 1)
+
+    def clip(x):
+        return min(max(x, 0.0), 0.6)  # the ball of 0.3 around 0.3
+
+    def follow(x, before, step):
+        towards = clip(x + (step if x < 0.42 else -step))
+        return clip(x + 0.75 * (towards - x) + 0.25 * (x - before))
+
+    model = Bump()
+    pgd(model, torch.full((1, 1, 1, 1), 0.3), torch.tensor([0]), 0.3, 20, step_rule="auto", early_stop=False)
+    seen = model.points
+    expected = [0.3, clip(0.3 + 0.6)]
+    for _ in range(3):
+        expected.append(follow(expected[-1], expected[-2], 0.6))
+    assert seen[:5] == pytest.approx(expected, abs=1e-5)
+    best = min(expected, key=lambda x: abs(x - 0.42))
+    assert best != expected[4], "the case tests nothing where the last point is the best"
+    assert seen[5] == pytest.approx(follow(best, expected[3], 0.3), abs=1e-5)
+
+
 @pytest.mark.parametrize("random_start", [False, True])
 def test_constraints(random_start):
     torch.manual_seed(0)

@@ -113,6 +113,15 @@ def test_no_success_outside_the_budget(attack, plane):
     assert torch.equal(adversarial, images)
 
 
+def test_a_proposal_is_cut_to_the_budget(plane):
+    """No image of the generator is near enough, but the way towards one crosses the classes inside the budget."""
+    images, labels = images_and_labels(plane)
+    epsilon = 0.9 * (plane[0](images) - images).flatten(1).norm(dim=1).min().item()
+    adversarial = latent_cw(plane, images, labels, epsilon, **QUICK[latent_cw] | {"confidence": 2.0})
+    assert (plane(adversarial).argmax(1) != labels).any()
+    assert (adversarial - images).flatten(1).norm(dim=1).max() <= epsilon + 1e-5
+
+
 @BOTH
 def test_the_model_decides_and_not_the_classifier(attack, plane):
     """A defended model that cannot be fooled leaves nothing broken, though its classifier alone is."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from victims import CASES, RowByRow, images_and_labels, small_classifier
 
+from defgan_fast import attacks
 from defgan_fast.attacks._budget import Budget
 
 ALL = pytest.mark.parametrize("name", CASES)
@@ -77,9 +78,11 @@ def test_an_image_has_the_same_bits_whatever_the_batch(name):
     model = small_classifier()
     images, labels = images_and_labels(model)
     model = RowByRow(model)
-    together = run(name, model, images, labels)
+    together, asked = run(name, model, images, labels), model.seen
+    model.seen = 0
     for i in range(len(images)):
         assert torch.equal(together[i : i + 1], run(name, model, images[i : i + 1], labels[i : i + 1])), i
+    assert model.seen == asked, "an image costs the same queries in any batch: no rule looks at all images"
     backwards = run(name, model, images.flip(0), labels.flip(0))
     assert torch.equal(together, backwards.flip(0))
 
@@ -231,6 +234,23 @@ def test_finished_images_are_dropped_and_the_others_do_not_notice(name):
     broken = model(stopped).argmax(1) != labels
     assert torch.equal(broken, model(full).argmax(1) != labels)
     assert torch.equal(stopped[~broken], full[~broken])
+
+
+def test_carlini_wagner_gives_up_image_by_image():
+    """The check whether the loss still falls looks at one image, so that queries add up to those of single ones."""
+    model = small_classifier()
+    images, labels = images_and_labels(model)
+    settings = {"iterations": 60, "learning_rate": 0.1, "initial_c": 0.1}
+    together, alone, patient = RowByRow(model), RowByRow(model), RowByRow(model)
+    attacks.cw(together, images, labels, **settings)
+    queries = []
+    for i in range(len(images)):
+        before = alone.seen
+        attacks.cw(alone, images[i : i + 1], labels[i : i + 1], **settings)
+        queries.append(alone.seen - before)
+    attacks.cw(patient, images, labels, abort_early=False, **settings)
+    assert len(set(queries)) > 1, "the case tests nothing where all images give up at once"
+    assert together.seen == sum(queries) < patient.seen
 
 
 @GRADIENTS

@@ -46,6 +46,35 @@ def test_questions_and_augmentation():
     assert oracle.asked[2].max() <= 1
 
 
+def test_an_image_moves_towards_its_own_label():
+    """Papernot et al., equation 3: x + step * sign of the Jacobian's row of the label that the target gave."""
+    oracle = Oracle(small_classifier())
+    held_out, labels = images_and_labels(oracle.model, 10)
+    train_substitute(oracle, held_out, substitute=network(), rounds=2, step=0.1, epochs=3)
+    first = train_substitute(Oracle(oracle.model), held_out, substitute=network(), rounds=1, epochs=3)
+    variable = held_out.clone().requires_grad_()
+    own = first(variable).softmax(1).gather(1, labels[:, None])
+    (row,) = torch.autograd.grad(own.sum(), variable)
+    expected = (held_out + 0.1 * row.sign()).clamp(0, 1)
+    assert (expected - oracle.asked[1]).abs().gt(1e-6).double().mean() < 0.01
+
+
+def test_new_images_get_the_labels_that_they_were_asked_for():
+    class Changing(nn.Module):
+        """Says class 0 to the first question and class 1 to the second."""
+
+        asked = 0
+
+        def forward(self, images):
+            self.asked += 1
+            return nn.functional.one_hot(torch.full((len(images),), self.asked - 1), 4).float()
+
+    held_out, _ = images_and_labels(small_classifier(), 6)
+    trained = train_substitute(Changing(), held_out, substitute=network(), rounds=2, step=0.5, epochs=200)
+    only_first = train_substitute(Changing(), held_out, substitute=network(), rounds=1, epochs=200)
+    assert trained(held_out).softmax(1)[:, 1].mean() > 10 * only_first(held_out).softmax(1)[:, 1].mean()
+
+
 def test_the_substitute_depends_on_images_and_seed_alone():
     target = small_classifier()
     held_out, _ = images_and_labels(target, 10)
