@@ -65,6 +65,8 @@ def extension_arguments():
         print(f"defgan_fast: no C++ compiler ('{compiler}' was not found): only the sources are installed")
         return {"cmdclass": commands}
     os.environ["PATH"] = settings.path_with_ninja()
+    if not os.environ.get("CXX", "").strip():
+        os.environ.pop("CXX", None)  # torch and setuptools stumble over one that is empty
 
     decision = settings.decide_cuda(CSRC, torch.__version__, torch.version.cuda)
     print(f"defgan_fast: {'with' if decision.use else 'without'} CUDA kernels: {decision.reason}")

@@ -1,4 +1,4 @@
-"""Writes files whole or not at all.
+"""Writes files whole or not at all, locks them, and knows where caches go.
 
 A crash, a full disk, a kill or a reader at any moment sees the old file or the new one. The content goes to a
 temporary name in the same folder, is synced to the disk and takes the file's name; then the folder is synced,
@@ -10,8 +10,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # only POSIX systems have it
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -53,7 +60,8 @@ def publish(temporary: Path, path: Path) -> None:
     """
     _sync(temporary)
     os.replace(temporary, path)
-    _sync(path.parent)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -62,3 +70,38 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def caches() -> Path:
+    """Returns the user's folder of caches: ``$XDG_CACHE_HOME``, by default ``~/.cache``.
+
+    Raises:
+        OSError: the user has no home folder; "~" would become a folder of that name wherever the process runs.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not folder.is_absolute():
+        raise OSError(f"no folder for caches: HOME or XDG_CACHE_HOME must be an absolute path, got {folder}")
+    return folder
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds a lock that the system releases with the process, however that ends.
+
+    Args:
+        path: of the lock's file, which is made and stays empty.
+        on_wait: called where another process holds the lock, before the wait for it.
+
+    Raises:
+        OSError: the file cannot be made, or the system has no such locks.
+    """
+    if fcntl is None:
+        raise OSError(f"{path} cannot be locked: this system has no fcntl, only POSIX systems have")
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is not None:
+                on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -9,13 +9,11 @@ it is mapped, because a full disk would otherwise kill the process at a store to
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,11 @@ def cached(
     settings = _settings(projector, images, data_hash)
     place = folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    with _locked(place / LOCK):
+
+    def waiting() -> None:
+        print(f"waiting for another process that computes {place}", file=sys.stderr)
+
+    with files.locked(place / LOCK, waiting):
         if not (place / SETTINGS).exists():
             files.write_json(place / SETTINGS, settings)
         pictures = _mapped(place / IMAGES, tuple(images.shape))
@@ -115,26 +117,15 @@ def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dic
     }
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of one cache, waiting for another process if need be."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"waiting for another process that computes {path.parent}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _mapped(path: Path, shape: Sequence[int]) -> np.memmap:
     """Opens a float32 array in a file of its full size, which is made if need be."""
     if not path.exists():
         partial = path.with_suffix(".new")
         np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=tuple(shape)).flush()
         try:
-            with partial.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                with partial.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, 1))
         except OSError as error:
             partial.unlink()
             reason = f"{os.strerror(error.errno or 0)}, reserving space for"

@@ -111,8 +111,16 @@ def compile_flags(cuda: bool) -> list[str]:
 
 
 def compiler() -> str:
-    """Returns the C++ compiler that torch calls, by name or path: the first word of `$CXX`, or c++."""
-    return (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+    """Returns the C++ compiler by name or path: the first word of `$CXX`, or c++."""
+    return compiler_words()[0]
+
+
+def compiler_words() -> list[str]:
+    """Returns the words of `$CXX`, such as "ccache g++", or c++ where it is empty or has an open quote."""
+    try:
+        return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError:
+        return ["c++"]
 
 
 def path_with_ninja() -> str:

@@ -10,7 +10,6 @@ with CUDA the toolkit and the GPUs count too: a home folder may be shared by mac
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import importlib.machinery
@@ -18,7 +17,9 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -26,18 +27,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
+from .. import files
 from .._version import __version__
 from . import build
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _JIT_NAME = "defgan_fast_C"
-_FINISHED = (
-    "finished"  # this file is written after a build in the cache was loaded once; it holds the library's name
-)
+# This file is written after a build in the cache was loaded once; it holds the library's name and its size, since
+# to load a library that a full disk or a crash has cut short may kill the process.
+_FINISHED = "finished"
 
 
 class Status(TypedDict):
@@ -79,8 +81,8 @@ def load() -> bool:
     global _tried
     with _lock:
         if not _tried:
-            _tried = True
             _load()
+            _tried = True
     return _module is not None
 
 
@@ -119,25 +121,43 @@ def _load() -> None:
                 _module = importlib.import_module("defgan_fast._C")
                 _status = _told("ahead of time", "built with the package", _module, _PACKAGE)
                 return
-            except ImportError as error:
+            except Exception as error:  # an extension may raise whatever it likes while it loads
                 misfit = f"it cannot be loaded: {_one_line(error)}"
         not_ahead = f"of the extension built with the package, {misfit}"
 
     try:
         _module = _on_first_import()
         _status = _told("on first import", not_ahead, _module, Path(_module.__file__ or "").parent)
-    except (RuntimeError, OSError, ImportError) as error:
-        _status |= {"built": "absent", "reason": _one_line(error), "without_cuda": _one_line(error)}
+    except Exception as error:  # compilers, disks and other people's modules fail in ways of their own
+        _module = None
+        reason = f"{_one_line(error)}; {_advice(error)}"
+        _status |= {"built": "absent", "reason": reason, "without_cuda": reason}
         warnings.warn(
-            f"defgan_fast runs without its kernels, on the much slower reference path: {_status['reason']}",
+            f"defgan_fast runs without its kernels, on the much slower reference path: {reason}",
             RuntimeWarning,
             stacklevel=5,
         )
 
 
+def _advice(error: BaseException) -> str:
+    """Returns what to do about an error of a build, in one clause."""
+    if isinstance(error, _NoCompiler):
+        return "install g++ or clang, or name one in CXX, and import again"
+    if isinstance(error, OSError):
+        return "set TORCH_EXTENSIONS_DIR to a folder that can be written, or build with the package (docs/install.md)"
+    if isinstance(error, ImportError):
+        return f"delete the folders {_JIT_NAME}-* in {_cache_root()}, and import again"
+    return "another compiler can be named in CXX, and docs/install.md says what is supported"
+
+
+class _NoCompiler(RuntimeError):
+    """The C++ compiler was not found, or does not run."""
+
+
 def _told(built: str, reason: str, module: ModuleType, folder: Path) -> Status:
     """Returns the status of a module that was loaded, with what the record of its build says."""
-    record = json.loads((folder / build.BUILD_RECORD).read_text())
+    damaged = {"cuda": False, "reason": "the record of its build is missing or damaged"}
+    record = _record(folder) or damaged
     return {
         "built": built,
         "reason": reason,
@@ -147,15 +167,25 @@ def _told(built: str, reason: str, module: ModuleType, folder: Path) -> Status:
     }
 
 
+def _record(folder: Path) -> dict[str, Any] | None:
+    """Returns the record of a build, None where it is missing, damaged, or that of an older version."""
+    try:
+        record = json.loads((folder / build.BUILD_RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    expected = {"torch": str, "cuda": bool, "reason": str}
+    if not isinstance(record, dict) or not all(isinstance(record.get(k), t) for k, t in expected.items()):
+        return None
+    return record
+
+
 def _misfit() -> str | None:
     """Returns why the module built with the package must not be loaded beside this torch, or None."""
-    try:
-        record = json.loads((_PACKAGE / build.BUILD_RECORD).read_text())
-    except (OSError, ValueError):
-        return "the record of its build is missing"
-    built_for = record.get("torch", "unknown")
-    if build.release(built_for) != build.release(torch.__version__):
-        return f"it was built for torch {built_for}, and torch {torch.__version__} is installed"
+    record = _record(_PACKAGE)
+    if record is None:
+        return "the record of its build is missing or damaged"
+    if build.release(record["torch"]) != build.release(torch.__version__):
+        return f"it was built for torch {record['torch']}, and torch {torch.__version__} is installed"
     return None
 
 
@@ -163,7 +193,7 @@ def _on_first_import() -> ModuleType:
     """Returns the module from the cache, and compiles it into the cache where it is not there yet.
 
     Raises:
-        RuntimeError, OSError, ImportError: with the reason, in a message of which the first line is enough.
+        Exception: with the reason, in a message of which `_one_line` is enough.
     """
     csrc = sources()
     if csrc is None:
@@ -173,10 +203,9 @@ def _on_first_import() -> ModuleType:
     if library is not None:
         return _import_file(library)
 
-    if shutil.which(build.compiler()) is None:
-        raise RuntimeError(f"no C++ compiler: '{build.compiler()}' was not found (install g++, or set CXX)")
+    _check_compiler()
     folder.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder / "defgan_fast.lock"):
+    with files.locked(folder / "defgan_fast.lock"):
         library = _finished(folder)
         if library is not None:  # another process built it meanwhile
             return _import_file(library)
@@ -186,7 +215,7 @@ def _on_first_import() -> ModuleType:
         _announce(f"torch {torch.__version__}, once (about a minute{', CUDA kernels longer' * decision.use})")
         try:
             built = _compile(csrc, folder, decision)
-        except RuntimeError as error:
+        except Exception as error:
             if not decision.use:
                 raise
             # A host compiler that this nvcc refuses, say, is no reason to go without the CPU kernels.
@@ -194,9 +223,31 @@ def _on_first_import() -> ModuleType:
             _announce(f"torch {torch.__version__} again, without CUDA: {decision.reason}")
             built = _compile(csrc, folder, decision)
         record = decision.record(torch.__version__)
-        (folder / build.BUILD_RECORD).write_text(json.dumps(record) + "\n")
-        (folder / _FINISHED).write_text(Path(built.__file__ or "").name)
+        library = Path(built.__file__ or "")
+        files.write_json(folder / build.BUILD_RECORD, record, indent=None)
+        files.write_atomically(folder / _FINISHED, f"{library.name}\n{library.stat().st_size}\n".encode())
         return built
+
+
+def _check_compiler() -> None:
+    """Checks that the C++ compiler runs, which torch takes for granted.
+
+    Raises:
+        _NoCompiler: it was not found, or does not say its version.
+    """
+    name = build.compiler()
+    if shutil.which(name) is None:
+        raise _NoCompiler(f"no C++ compiler: '{name}' was not found")
+    command = [*build.compiler_words(), "--version"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise _NoCompiler(f"the C++ compiler does not run: {_one_line(error)}") from None
+    if tried.returncode:
+        said = _one_line(RuntimeError(tried.stderr.strip() or tried.stdout.strip() or "no message"))
+        raise _NoCompiler(
+            f"the C++ compiler does not run: '{shlex.join(command)}' ended with {tried.returncode} ({said})"
+        )
 
 
 def _announce(what: str) -> None:
@@ -204,19 +255,22 @@ def _announce(what: str) -> None:
 
 
 def _finished(folder: Path) -> Path | None:
-    """Returns the library that an earlier import has built and loaded, or None."""
+    """Returns the library that an earlier import has built and loaded, None where it or its record is damaged."""
     try:
-        library = folder / (folder / _FINISHED).read_text()
-    except OSError:
+        name, size = (folder / _FINISHED).read_text().split("\n")[:2]
+        library = folder / name
+        whole = library.is_file() and library.stat().st_size == int(size)
+    except (OSError, ValueError):
         return None
-    return library if library.is_file() else None
+    return library if whole and _record(folder) is not None else None
 
 
 def _compile(csrc: Path, folder: Path, cuda: build.Decision) -> ModuleType:
     """Returns the module, compiled and linked in `folder`."""
     from torch.utils import cpp_extension  # slow to import, and needed only here
 
-    variables = {"PATH": build.path_with_ninja()}
+    # torch looks at CXX by itself, and stumbles over one that is empty.
+    variables = {"PATH": build.path_with_ninja(), "CXX": shlex.join(build.compiler_words())}
     if cuda.use:
         cpp_extension.CUDA_HOME = cuda.home
         variables["TORCH_CUDA_ARCH_LIST"] = cuda.architectures or ""
@@ -253,8 +307,7 @@ def _cache_root() -> Path:
     configured = os.environ.get("TORCH_EXTENSIONS_DIR")
     if configured:
         return Path(configured)
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches) / "torch_extensions"
+    return files.caches() / "torch_extensions"
 
 
 def _cache_key(csrc: Path) -> str:
@@ -289,14 +342,6 @@ def _import_file(library: Path) -> ModuleType:
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Holds a lock that the operating system releases when the process ends, however it ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -77,14 +77,22 @@ def test_cache_key_follows_the_toolkit_and_the_architectures(monkeypatch):
     assert extension._cache_key(CSRC) == before
 
 
+RECORD = {"torch": torch.__version__, "cuda": False, "reason": "a build without CUDA"}
+DAMAGED = "the record of its build is missing or damaged"
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"torch": torch.__version__}, None),
-        ({"torch": build.release(torch.__version__) + "+cu999"}, None),
-        ({"torch": "2.0.1"}, "it was built for torch 2.0.1, and torch"),
-        ({}, "it was built for torch unknown"),
-        (None, "the record of its build is missing"),
+        (RECORD, None),
+        (RECORD | {"torch": build.release(torch.__version__) + "+cu999"}, None),
+        (RECORD | {"torch": "2.0.1"}, "it was built for torch 2.0.1, and torch"),
+        ({}, DAMAGED),
+        ([], DAMAGED),
+        ("", DAMAGED),
+        (RECORD | {"torch": 2}, DAMAGED),
+        ({"torch": torch.__version__}, DAMAGED),  # of an older version, which did not say whether it has CUDA
+        (None, DAMAGED),
     ],
 )
 def test_a_module_built_for_another_torch_is_not_loaded(record, reason, tmp_path, monkeypatch):
@@ -144,7 +152,14 @@ def test_a_decision_for_cuda_names_toolkit_and_architectures(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     ("variable", "expected"),
-    [(None, "c++"), ("", "c++"), (" ", "c++"), ("g++-13", "g++-13"), ("ccache g++", "ccache")],
+    [
+        (None, "c++"),
+        ("", "c++"),
+        (" ", "c++"),
+        ("'g++", "c++"),
+        ("g++-13", "g++-13"),
+        ("ccache g++", "ccache"),
+    ],
 )
 def test_the_compiler_is_the_first_word_of_its_variable(variable, expected, monkeypatch):
     if variable is None:
