@@ -113,21 +113,3 @@ def check(
     least, most = float(images.detach().amin()), float(images.detach().amax())
     if not (low - slack <= least and most <= high + slack):
         raise ValueError(f"images must lie in value_range [{low:g}, {high:g}], got [{least:g}, {most:g}]")
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raises ValueError where a count is below the least that makes sense."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError where a value is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_positive(name: str, value: float, zero: bool = False) -> None:
-    """Raises ValueError where a number is not positive and finite; ``zero`` allows 0."""
-    if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
-        raise ValueError(f"{name} must be {'at least 0' if zero else 'above 0'} and finite, got {value}")

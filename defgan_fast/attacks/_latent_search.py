@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from defgan_fast import arguments
 from defgan_fast.attacks._adam import Adam
-from defgan_fast.attacks._budget import Budget, check_count
+from defgan_fast.attacks._budget import Budget
 from defgan_fast.attacks._meter import Meter
 from defgan_fast.attacks._objective import Objective, check_logits, margins
 from defgan_fast.attacks._record import Record
@@ -131,8 +132,8 @@ class LatentSearch:
             if latents.dim() != 2 or len(latents) != count or not latents.is_floating_point():
                 raise ValueError(f"latents must be floating point [{count}, k], got {tuple(latents.shape)}")
             return latents.detach().to(self.images)
-        check_count("inversion_restarts", restarts)
-        check_count("inversion_steps", steps, 0)
+        arguments.count("inversion_restarts", restarts)
+        arguments.count("inversion_steps", steps, 0)
         if self.latent_size is None:
             raise ValueError(
                 "latents must be given where the generator does not tell its latent_size, got None"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import check_choice, check_count
+from defgan_fast import arguments
 
 LOSSES = ("cross_entropy", "margin")
 
@@ -52,8 +52,8 @@ class Objective:
     """
 
     def __init__(self, model: nn.Module, loss: str, targeted: bool = False, eot: int = 1) -> None:
-        check_choice("loss", loss, LOSSES)
-        check_count("eot", eot)
+        arguments.choice("loss", loss, LOSSES)
+        arguments.count("eot", eot)
         self.model, self.loss, self.targeted, self.eot = model, loss, targeted, eot
         self._warned = False
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from defgan_fast import arguments
 from defgan_fast.attacks._adam import Adam
-from defgan_fast.attacks._budget import Budget, check, check_count, check_positive, over_pixels
+from defgan_fast.attacks._budget import Budget, check, over_pixels
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 from defgan_fast.attacks._record import Record
@@ -85,10 +86,10 @@ def cw(
     """
     check(images, labels, epsilon, value_range)
     for name, count in (("iterations", iterations), ("search_steps", search_steps)):
-        check_count(name, count)
+        arguments.count(name, count)
     for name, value in (("learning_rate", learning_rate), ("initial_c", initial_c)):
-        check_positive(name, value)
-    check_positive("confidence", confidence, zero=True)
+        arguments.number(name, value, above=0)
+    arguments.number("confidence", confidence, least=0)
     images = images.detach()
     budget = Budget("l2", math.inf if epsilon is None else epsilon, value_range)
     record, objective = Record(images), Objective(model, "margin", targeted, eot)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import Budget, check, check_choice, check_count, norms, over_pixels
+from defgan_fast import arguments
+from defgan_fast.attacks._budget import Budget, check, norms, over_pixels
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 from defgan_fast.attacks._record import Record
@@ -75,10 +76,10 @@ def hop_skip_jump(
         >>> adversarial = hop_skip_jump(classifier, images, labels, epsilon=0.3, steps=20)
     """
     check(images, labels, epsilon, value_range, norm)
-    check_count("steps", steps, 0)
+    arguments.count("steps", steps, 0)
     for name, count in (("first_probes", first_probes), ("most_probes", most_probes)):
-        check_count(name, count)
-    check_count("start_tries", start_tries, 0)
+        arguments.count(name, count)
+    arguments.count("start_tries", start_tries, 0)
     if starts is not None and starts.shape != images.shape:
         raise ValueError(
             f"starts must have the images' shape {tuple(images.shape)}, got {tuple(starts.shape)}"
@@ -113,7 +114,7 @@ class _Walk:
     def __init__(
         self, objective: Objective, budget: Budget, images: Tensor, labels: Tensor, streams: Streams
     ) -> None:
-        check_choice("norm", budget.norm, ("linf", "l2"))
+        arguments.choice("norm", budget.norm, ("linf", "l2"))
         self.objective, self.budget, self.images, self.labels = objective, budget, images, labels
         self.streams, self.record = streams, Record(images)
         self.low, self.high = budget.value_range

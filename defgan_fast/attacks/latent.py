@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from defgan_fast import arguments
 from defgan_fast.attacks._adam import Adam
-from defgan_fast.attacks._budget import check, check_count, check_positive
+from defgan_fast.attacks._budget import check
 from defgan_fast.attacks._latent_search import LatentSearch, Proposals, Seen
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._streams import Streams
@@ -93,10 +94,10 @@ def latent_cw(
     """
     check(images, labels, epsilon, value_range, norm)
     for name, count in (("iterations", iterations), ("search_steps", search_steps)):
-        check_count(name, count)
+        arguments.count(name, count)
     for name, value in (("learning_rate", learning_rate), ("initial_c", initial_c)):
-        check_positive(name, value)
-    check_positive("confidence", confidence, zero=True)
+        arguments.number(name, value, above=0)
+    arguments.number("confidence", confidence, least=0)
     search = LatentSearch(
         model, generator, classifier, images, labels, epsilon, norm, value_range, targeted, eot
     )
@@ -204,13 +205,13 @@ def latent_lagrange(
         >>> adversarial = latent_lagrange(defended, images, labels, latents=latents, iterations=1000, noises=10)
     """
     check(images, labels, epsilon, value_range, "l2")
-    check_count("iterations", iterations)
-    check_count("noises", noises)
+    arguments.count("iterations", iterations)
+    arguments.count("noises", noises)
     for name, value in (("epsilon", epsilon), ("learning_rate", learning_rate)):
-        check_positive(name, value)
+        arguments.number(name, value, above=0)
     for name, value in (("multiplier", multiplier), ("multiplier_rate", multiplier_rate)):
-        check_positive(name, value, zero=True)
-    check_positive("noise_norm", noise_norm, zero=True)
+        arguments.number(name, value, least=0)
+    arguments.number("noise_norm", noise_norm, least=0)
     search = LatentSearch(
         model, generator, classifier, images, labels, epsilon, "l2", value_range, targeted, eot
     )

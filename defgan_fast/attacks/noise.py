@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from defgan_fast.attacks._budget import Budget, check, check_choice, check_count
+from defgan_fast import arguments
+from defgan_fast.attacks._budget import Budget, check
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective
 from defgan_fast.attacks._record import Record
@@ -60,8 +61,8 @@ def noise(
         >>> noisy = noise(classifier, images, labels, epsilon=0.3, tries=100)
     """
     check(images, labels, epsilon, value_range, norm)
-    check_choice("kind", kind, KINDS)
-    check_count("tries", tries)
+    arguments.choice("kind", kind, KINDS)
+    arguments.count("tries", tries)
     objective, budget = Objective(model, "margin", targeted, eot), Budget(norm, epsilon, value_range)
     images = images.detach()
     record, streams = Record(images), Streams(images, seed, "noise")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import Budget, check, check_choice, check_count, check_positive, over_pixels
+from defgan_fast import arguments
+from defgan_fast.attacks._budget import Budget, check, over_pixels
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Answer, Objective
 from defgan_fast.attacks._record import Record
@@ -89,14 +90,14 @@ def pgd(
         tensor(True)
     """
     check(images, labels, epsilon, value_range, norm)
-    check_count("steps", steps)
-    check_count("restarts", restarts)
-    check_choice("step_rule", step_rule, STEP_RULES)
+    arguments.count("steps", steps)
+    arguments.count("restarts", restarts)
+    arguments.choice("step_rule", step_rule, STEP_RULES)
     if step_size is None:
         step_size = 2.5 * epsilon / steps
     elif step_rule == "auto":
         raise ValueError(f'step_size must be None for step_rule "auto", got {step_size}')
-    check_positive("step_size", step_size, zero=True)
+    arguments.number("step_size", step_size, least=0)
     images = images.detach()
     climb = _Climb(Objective(model, loss, targeted, eot), Budget(norm, epsilon, value_range), images, labels)
     climb.early_stop, climb.steps = early_stop, steps

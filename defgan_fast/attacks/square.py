@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from defgan_fast.attacks._budget import Budget, check, check_count, check_positive
+from defgan_fast import arguments
+from defgan_fast.attacks._budget import Budget, check
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Answer, Objective
 from defgan_fast.attacks._record import Record
@@ -64,8 +65,8 @@ def square(
         >>> adversarial = square(classifier, images, labels, epsilon=0.3, queries=5000)
     """
     check(images, labels, epsilon, value_range)
-    check_count("queries", queries)
-    check_positive("first_share", first_share)
+    arguments.count("queries", queries)
+    arguments.number("first_share", first_share, above=0)
     if first_share > 1:
         raise ValueError(f"first_share must be at most 1, got {first_share}")
     images = images.detach()

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from defgan_fast import models
-from defgan_fast.attacks._budget import check, check_count, check_positive
+from defgan_fast import arguments, models
+from defgan_fast.attacks._budget import check
 from defgan_fast.attacks._meter import Meter, Progress
 from defgan_fast.attacks._objective import Objective, check_logits
 from defgan_fast.attacks.fgsm import fgsm
@@ -84,8 +84,8 @@ def black_box(
         value_range=value_range,
         progress=progress,
     )
-    arguments = {"targeted": targeted, "seed": seed, "value_range": value_range, **(settings or {})}
-    return attack(network, images, labels, epsilon, **arguments)
+    chosen = {"targeted": targeted, "seed": seed, "value_range": value_range, **(settings or {})}
+    return attack(network, images, labels, epsilon, **chosen)
 
 
 def train_substitute(
@@ -132,9 +132,9 @@ def train_substitute(
     check(held_out, torch.zeros(len(held_out), dtype=torch.int64, device=held_out.device), None, value_range)
     if len(held_out) == 0:
         raise ValueError("held_out must hold at least one image, got 0")
-    check_count("rounds", rounds)
-    check_count("epochs", epochs)
-    check_positive("step", step)
+    arguments.count("rounds", rounds)
+    arguments.count("epochs", epochs)
+    arguments.number("step", step, above=0)
     images = held_out.detach().clone()
     sizes = [len(images) * 2**number for number in range(rounds)]
     batches = sum(epochs * -(-size // BATCH) for size in sizes)

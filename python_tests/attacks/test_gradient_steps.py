@@ -164,7 +164,7 @@ def test_refusals(attack, images):
         attack(model, images, LABELS[:1])
     with pytest.raises(ValueError, match=r"value_range must be"):
         attack(model, images, LABELS, value_range=(1.0, 0.0))
-    with pytest.raises(ValueError, match=r"steps must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"steps must be at least 1, got 0"):
         pgd(model, images, LABELS, steps=0)
 
 

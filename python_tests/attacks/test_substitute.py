@@ -106,7 +106,7 @@ def test_progress_and_refusals():
     assert seen[-1] == (14, 14)  # two times two batches, and ten questions
     with pytest.raises(ValueError, match="held_out must hold at least one image, got 0"):
         train_substitute(target, held_out[:0])
-    with pytest.raises(ValueError, match="rounds must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         train_substitute(target, held_out, rounds=0)
 
 
