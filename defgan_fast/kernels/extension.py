@@ -156,7 +156,7 @@ class _NoCompiler(RuntimeError):
 
 def _told(built: str, reason: str, module: ModuleType, folder: Path) -> Status:
     """Returns the status of a module that was loaded, with what the record of its build says."""
-    damaged = {"cuda": False, "reason": "the record of its build is missing or damaged"}
+    damaged: dict[str, Any] = {"cuda": False, "reason": "the record of its build is missing or damaged"}
     record = _record(folder) or damaged
     return {
         "built": built,
