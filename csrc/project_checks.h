@@ -4,10 +4,13 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "phases.h"
 #include "plan.h"
 
 namespace defgan {
@@ -78,6 +81,26 @@ inline void check_projection(const Plan& plan, const Tensor& images, const Tenso
   TORCH_CHECK_VALUE(z0.device() == images.device(), "z0 must be on the images' device (", images.device().str(),
                     "), got ", z0.device().str());
   check_max_rows(max_rows);
+}
+
+inline void check_radius(double radius) {
+  TORCH_CHECK_VALUE(std::isfinite(radius) && radius >= 0, "radius must be finite and at least 0 (0: free), got ",
+                    radius);
+}
+
+// Of `project_keeping`: which rows go on.
+inline std::vector<Keep> checked_keep(at::IntArrayRef steps, at::IntArrayRef rows, int64_t all_steps) {
+  TORCH_CHECK_VALUE(steps.size() == rows.size(), "keep_steps and keep_rows must have the same length, got ",
+                    steps.size(), " and ", rows.size());
+  std::vector<Keep> keep;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    TORCH_CHECK_VALUE(steps[i] >= 0 && steps[i] < all_steps && (i == 0 || steps[i] > steps[i - 1]),
+                      "keep_steps must rise and lie in [0, ", all_steps, "), got ", text(steps));
+    TORCH_CHECK_VALUE(rows[i] >= 1 && (i == 0 || rows[i] <= rows[i - 1]),
+                      "keep_rows must be at least 1 and never rise, got ", text(rows));
+    keep.push_back({steps[i], rows[i]});
+  }
+  return keep;
 }
 
 // Of `decode`.

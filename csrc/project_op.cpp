@@ -16,6 +16,7 @@
 #include <mutex>
 
 #include "cpu/content_hash.h"
+#include "cpu/keeping.h"
 #include "cpu/limits.h"
 #include "cpu/projection.h"
 #include "cuda_options.h"
@@ -106,11 +107,14 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
 
 // --- the ops ----------------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, at::TensorList parameters,
-                                       const std::string& description, at::ArrayRef<double> lr_schedule,
-                                       double momentum, const std::string& precision, int64_t max_rows, bool validate) {
+// steps: of each row, for the projection that keeps some of them; an undefined tensor for the one that keeps all.
+std::tuple<Tensor, Tensor, Tensor> projected_cpu(const Tensor& images, const Tensor& z0, at::TensorList parameters,
+                                                 const std::string& description, at::ArrayRef<double> lr_schedule,
+                                                 double momentum, const std::string& precision, int64_t max_rows,
+                                                 bool validate, double radius, const std::vector<Keep>* keep) {
   const Plan plan = plan_of(description);
   check_projection(plan, images, z0, max_rows);
+  check_radius(radius);
   const Precision p = precision_of(precision);
   const int64_t count = images.size(0), restarts = z0.size(-2), k = plan.latent_size();
 
@@ -122,7 +126,9 @@ std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, a
   }
   Tensor latents = at::empty({count, restarts, k}, targets.options());
   Tensor errors = at::empty({count, restarts}, targets.options());
-  if (count == 0) return {latents, errors};
+  Tensor steps;
+  if (keep) steps = at::empty({count, restarts}, targets.options().dtype(at::kLong));
+  if (count == 0) return {latents, errors, steps};
   const std::vector<float> rates(lr_schedule.begin(), lr_schedule.end());
   translated([&] {
     const auto packed = packed_generator(description, plan, parameters, p);
@@ -135,13 +141,37 @@ std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, a
     args.descent.rates = rates.data();
     args.descent.steps = int(rates.size());
     args.descent.momentum = float(momentum);
+    args.descent.radius = float(radius);
     args.threads = threads();
     args.max_rows = max_rows;
     args.latents = latents.mutable_data_ptr<float>();
     args.errors = errors.mutable_data_ptr<float>();
-    cpu::project(*packed, args);
+    if (keep)
+      cpu::project_keeping(*packed, args, *keep, steps.mutable_data_ptr<int64_t>());
+    else
+      cpu::project(*packed, args);
   });
+  return {latents, errors, steps};
+}
+
+std::tuple<Tensor, Tensor> project_cpu(const Tensor& images, const Tensor& z0, at::TensorList parameters,
+                                       const std::string& description, at::ArrayRef<double> lr_schedule,
+                                       double momentum, const std::string& precision, int64_t max_rows, bool validate,
+                                       double radius) {
+  auto [latents, errors, steps] = projected_cpu(images, z0, parameters, description, lr_schedule, momentum, precision,
+                                                max_rows, validate, radius, nullptr);
   return {latents, errors};
+}
+
+std::tuple<Tensor, Tensor, Tensor> project_keeping_cpu(const Tensor& images, const Tensor& z0,
+                                                       at::TensorList parameters, const std::string& description,
+                                                       at::ArrayRef<double> lr_schedule, double momentum,
+                                                       const std::string& precision, int64_t max_rows, bool validate,
+                                                       double radius, at::IntArrayRef keep_steps,
+                                                       at::IntArrayRef keep_rows) {
+  const std::vector<Keep> keep = checked_keep(keep_steps, keep_rows, int64_t(lr_schedule.size()));
+  return projected_cpu(images, z0, parameters, description, lr_schedule, momentum, precision, max_rows, validate,
+                       radius, &keep);
 }
 
 Tensor decode_cpu(const Tensor& latents, at::TensorList parameters, const std::string& description, int64_t max_rows) {
@@ -159,10 +189,19 @@ Tensor decode_cpu(const Tensor& latents, at::TensorList parameters, const std::s
 
 // Fake kernels: shapes only, symbolic ones included.
 std::tuple<Tensor, Tensor> project_meta(const Tensor& images, const Tensor& z0, at::TensorList, const std::string&,
-                                        at::ArrayRef<double>, double, const std::string&, int64_t, bool) {
+                                        at::ArrayRef<double>, double, const std::string&, int64_t, bool, double) {
   const auto options = images.options().dtype(at::kFloat);
   return {at::empty_symint({images.sym_size(0), z0.sym_size(-2), z0.sym_size(-1)}, options),
           at::empty_symint({images.sym_size(0), z0.sym_size(-2)}, options)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> project_keeping_meta(const Tensor& images, const Tensor& z0, at::TensorList p,
+                                                        const std::string& plan, at::ArrayRef<double> rates,
+                                                        double momentum, const std::string& precision, int64_t max_rows,
+                                                        bool validate, double radius, at::IntArrayRef,
+                                                        at::IntArrayRef) {
+  auto [latents, errors] = project_meta(images, z0, p, plan, rates, momentum, precision, max_rows, validate, radius);
+  return {latents, errors, at::empty_symint(errors.sym_sizes(), errors.options().dtype(at::kLong))};
 }
 
 Tensor decode_meta(const Tensor& latents, at::TensorList, const std::string& description, int64_t) {
@@ -176,26 +215,36 @@ Tensor decode_meta(const Tensor& latents, at::TensorList, const std::string& des
 
 TORCH_LIBRARY(defgan_fast, m) {
   // images [B, C, H, W], z0 [R, k] or [B, R, k], parameters as the plan numbers them -> latents [B, R, k] and
-  // errors [B, R], float32. max_rows 0: automatic.
+  // errors [B, R], float32. max_rows 0: automatic. radius 0: latents are free, else they are scaled to that norm.
   m.def(
       "project(Tensor images, Tensor z0, Tensor[] parameters, str plan, float[] lr_schedule, float momentum, "
-      "str precision, int max_rows, bool validate) -> (Tensor latents, Tensor errors)",
+      "str precision, int max_rows, bool validate, float radius=0.) -> (Tensor latents, Tensor errors)",
+      {at::Tag::pt2_compliant_tag});
+  // The same, but after keep_steps[i] steps only the keep_rows[i] rows of least error of each image go on; also how many
+  // steps each row took, [B, R] int64.
+  m.def(
+      "project_keeping(Tensor images, Tensor z0, Tensor[] parameters, str plan, float[] lr_schedule, float momentum, "
+      "str precision, int max_rows, bool validate, float radius, int[] keep_steps, int[] keep_rows) -> "
+      "(Tensor latents, Tensor errors, Tensor steps)",
       {at::Tag::pt2_compliant_tag});
   // latents [B, k] -> images [B, C, H, W], float32.
   m.def("decode(Tensor latents, Tensor[] parameters, str plan, int max_rows) -> Tensor", {at::Tag::pt2_compliant_tag});
 }
 TORCH_LIBRARY_IMPL(defgan_fast, CPU, m) {
   m.impl("project", &defgan::project_cpu);
+  m.impl("project_keeping", &defgan::project_keeping_cpu);
   m.impl("decode", &defgan::decode_cpu);
 }
 TORCH_LIBRARY_IMPL(defgan_fast, Meta, m) {
   m.impl("project", &defgan::project_meta);
+  m.impl("project_keeping", &defgan::project_keeping_meta);
   m.impl("decode", &defgan::decode_meta);
 }
 // They have no derivative of their own and say so on backward: gradient modes are operators in
 // defgan_fast/gradients.py.
 TORCH_LIBRARY_IMPL(defgan_fast, Autograd, m) {
   m.impl("project", torch::autograd::autogradNotImplementedFallback());
+  m.impl("project_keeping", torch::autograd::autogradNotImplementedFallback());
   m.impl("decode", torch::autograd::autogradNotImplementedFallback());
 }
 

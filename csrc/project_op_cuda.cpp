@@ -43,8 +43,10 @@ void check_errors(const Tensor& errors, const std::string& precision) {
 
 std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, at::TensorList parameters,
                                         const std::string& description, at::ArrayRef<double> lr_schedule,
-                                        double momentum, const std::string& precision, int64_t max_rows,
-                                        bool validate) {
+                                        double momentum, const std::string& precision, int64_t max_rows, bool validate,
+                                        double radius) {
+  check_radius(radius);
+  TORCH_CHECK_VALUE(radius == 0, "radius must be 0 (free) on CUDA, got ", radius);
   return translated([&]() -> std::tuple<Tensor, Tensor> {
     const std::shared_ptr<const Compiled> c = compiled(description, parameters, cuda::precision_of(precision));
     check_projection(c->plan, images, z0, max_rows);

@@ -47,8 +47,10 @@ def unrolled(
     plan: str,
     lr_schedule: Sequence[float],
     momentum: float,
+    radius: float = 0.0,
+    steps: Tensor | None = None,
 ) -> Tensor:
-    """Returns the reconstruction, bit for bit, with the gradient through the L steps of the chosen restart.
+    """Returns the reconstruction, bit for bit, with the gradient through all steps of the chosen restart.
 
     Args:
         images: [B, C, H, W].
@@ -58,6 +60,8 @@ def unrolled(
         plan: the lowered generator.
         lr_schedule: the learning rate of each step.
         momentum: of the heavy ball.
+        radius: the norm to which latents are scaled; 0: they are free.
+        steps: how many steps the chosen restart took, [B] int64; None: all of them.
     """
     return reconstruction.clone()
 
@@ -71,6 +75,8 @@ def unrolled_gradient(
     plan: str,
     lr_schedule: Sequence[float],
     momentum: float,
+    radius: float = 0.0,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """Returns the gradient of `unrolled` with respect to the images.
 
@@ -86,6 +92,8 @@ def unrolled_gradient(
         lr_schedule,
         momentum,
         gradient.to(dtype),
+        radius,
+        steps,
     )
     return result.to(images.dtype, copy=True)
 
@@ -102,14 +110,30 @@ def _(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 @unrolled.register_fake
 def _(
-    images: Tensor, reconstruction: Tensor, z0: Tensor, parameters: Any, plan: str, lr: Any, momentum: float
+    images: Tensor,
+    reconstruction: Tensor,
+    z0: Tensor,
+    parameters: Any,
+    plan: str,
+    lr: Any,
+    momentum: float,
+    radius: float = 0.0,
+    steps: Any = None,
 ) -> Tensor:
     return torch.empty_like(reconstruction)
 
 
 @unrolled_gradient.register_fake
 def _(
-    gradient: Tensor, images: Tensor, z0: Tensor, parameters: Any, plan: str, lr: Any, momentum: float
+    gradient: Tensor,
+    images: Tensor,
+    z0: Tensor,
+    parameters: Any,
+    plan: str,
+    lr: Any,
+    momentum: float,
+    radius: float = 0.0,
+    steps: Any = None,
 ) -> Tensor:
     return torch.empty_like(images)
 
@@ -129,17 +153,19 @@ def _no_gradient_backward(ctx: Any, gradient: Tensor) -> None:
 
 
 def _unrolled_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, _, z0, parameters, ctx.plan, ctx.lr_schedule, ctx.momentum = inputs
+    images, _, z0, parameters, ctx.plan, ctx.lr_schedule, ctx.momentum, ctx.radius, steps = inputs
     ctx.count = len(parameters)
     # Tensors made in inference mode cannot be kept for a backward pass; their copies can.
-    kept = (images, z0, *parameters)
-    ctx.save_for_backward(*(t.clone() if t.is_inference() else t for t in kept))
+    kept = (images, z0, steps, *parameters)
+    ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in kept))
 
 
 def _unrolled_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    images, z0, *parameters = ctx.saved_tensors
-    result = unrolled_gradient(gradient, images, z0, parameters, ctx.plan, ctx.lr_schedule, ctx.momentum)
-    return result, None, None, [None] * ctx.count, None, None, None
+    images, z0, steps, *parameters = ctx.saved_tensors
+    result = unrolled_gradient(
+        gradient, images, z0, parameters, ctx.plan, ctx.lr_schedule, ctx.momentum, ctx.radius, steps
+    )
+    return result, None, None, [None] * ctx.count, None, None, None, None, None
 
 
 straight_through.register_autograd(_straight_through_backward)
@@ -159,14 +185,15 @@ class UnrolledDecoder(torch.autograd.Function):
         decoder: Decoder,
         descent: Descent,
         dtype: torch.dtype,
+        steps: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(images, z0)
+        ctx.save_for_backward(images, z0, steps)
         ctx.arguments = (decoder, descent, dtype)
         return reconstruction.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        images, z0 = ctx.saved_tensors
+        images, z0, steps = ctx.saved_tensors
         decoder, descent, dtype = ctx.arguments
         result = reference.unrolled_gradient(
             decoder,
@@ -175,5 +202,7 @@ class UnrolledDecoder(torch.autograd.Function):
             descent.lr_schedule,
             descent.momentum,
             gradients[0].to(dtype),
+            descent.radius,
+            steps,
         )
-        return result.to(images.dtype), None, None, None, None, None
+        return result.to(images.dtype), None, None, None, None, None, None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,38 @@ WORKING_BYTES = 200_000_000
 """What a projection's working memory may take where nobody names `max_rows`."""
 
 
+class Descended(NamedTuple):
+    """What a descent ends with.
+
+    Attributes:
+        latents: [B, R, k].
+        errors: mean squared errors, [B, R].
+        steps: how many steps each row took, [B, R] int64; None: all of them.
+    """
+
+    latents: Tensor
+    errors: Tensor
+    steps: Tensor | None
+
+
 class Path(Protocol):
     """One way to carry out a projection."""
 
-    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
-        """Projects images [B, C, H, W] from [R, k] or [B, R, k]: returns latents [B, R, k] and errors [B, R]."""
+    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> Descended:
+        """Projects images [B, C, H, W] from starting points [R, k] or [B, R, k]."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
         """Returns the images of latents, [N, k] -> [N, C, H, W]."""
         ...
 
-    def unrolled(self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent) -> Tensor:
-        """Returns the reconstruction, tied to its image by the gradient through all steps from z0 [B, k]."""
+    def unrolled(
+        self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent, steps: Tensor | None
+    ) -> Tensor:
+        """Returns the reconstruction, tied to its image by the gradient through all steps from z0 [B, k].
+
+        Each image's steps are that many [B], or None: all of them.
+        """
         ...
 
 
@@ -57,24 +76,34 @@ class KernelPath:
         self.max_rows = max_rows or 0
         self.validate = validate
 
-    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
-        return ops.project(
+    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> Descended:
+        lr_schedule, momentum, radius, keep = descent
+        arguments = (
             _single(images.detach()),
             _single(start.detach()),
             self.parameters,
             self.plan,
-            descent.lr_schedule,
-            descent.momentum,
+            lr_schedule,
+            momentum,
             self.precision,
             self.max_rows,
             self.validate,
+            radius,
         )
+        if keep:
+            return Descended(*ops.project_keeping(*arguments, keep))
+        return Descended(*ops.project(*arguments), None)
 
     def decode(self, latents: Tensor) -> Tensor:
         return ops.decode(latents, self.parameters, self.plan, self.max_rows)
 
-    def unrolled(self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent) -> Tensor:
-        return gradients.unrolled(images, reconstruction, z0, self.parameters, self.plan, *descent)
+    def unrolled(
+        self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent, steps: Tensor | None
+    ) -> Tensor:
+        lr_schedule, momentum, radius, _ = descent
+        return gradients.unrolled(
+            images, reconstruction, z0, self.parameters, self.plan, lr_schedule, momentum, radius, steps
+        )
 
 
 class ReferencePath:
@@ -108,9 +137,13 @@ class ReferencePath:
         # Autograd keeps every activation; a generous bound of 256 floats a pixel keeps the working memory.
         self.max_rows = max_rows or max(1, WORKING_BYTES // (256 * 4 * max(1, math.prod(image_shape))))
 
-    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> tuple[Tensor, Tensor]:
+    def descend(self, images: Tensor, start: Tensor, descent: Descent) -> Descended:
         targets, z0 = images.detach().to(self.dtype), start.detach().to(self.dtype)
-        return reference.project(self._decoder, targets, z0, *descent, self.max_rows)
+        lr_schedule, momentum, radius, keep = descent
+        found = reference.project_keeping(
+            self._decoder, targets, z0, lr_schedule, momentum, keep, self.max_rows, radius
+        )
+        return Descended(*found)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -129,9 +162,11 @@ class ReferencePath:
         found: Tensor = self.generator(z[:, :, None, None] if self.takes_maps else z)
         return found
 
-    def unrolled(self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent) -> Tensor:
+    def unrolled(
+        self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent, steps: Tensor | None
+    ) -> Tensor:
         tied: Tensor = gradients.UnrolledDecoder.apply(
-            images, reconstruction, z0, self._decoder, descent, self.dtype
+            images, reconstruction, z0, self._decoder, descent, self.dtype, steps
         )
         return tied
 

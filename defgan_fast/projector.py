@@ -204,7 +204,7 @@ class Projector(nn.Module):
         rates = reference.learning_rates(self.steps, self.lr, self.lr_decay, self.decay_at)
         descent = reference.Descent(rates, self.momentum)
         path = self._path(images, start)
-        latents, errors = path.descend(images, start, descent)
+        latents, errors, steps = path.descend(images, start, descent)
         chosen = reference.best_restarts(errors)
         best = _pick(latents, chosen)
         reconstruction = path.decode(best).to(images.dtype)
@@ -215,7 +215,8 @@ class Projector(nn.Module):
                 reconstruction = gradients.no_gradient(images, reconstruction)
             else:
                 z0 = start[chosen] if start.dim() == 2 else _pick(start, chosen)
-                reconstruction = path.unrolled(images, reconstruction, z0, descent)
+                taken = None if steps is None else _pick(steps, chosen)
+                reconstruction = path.unrolled(images, reconstruction, z0, descent, taken)
         return Projection(reconstruction, best, _pick(errors, chosen), chosen, errors)
 
     def precision_for(self, images: Tensor) -> str:

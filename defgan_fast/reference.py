@@ -6,8 +6,9 @@ L steps of gradient descent with heavy-ball momentum on the latent, from R start
 
     v <- momentum * v + d loss / dz,    z <- z - lr * v
 
-then one more evaluation of the loss, which selects the restart. Any floating dtype: the latent and its
-velocity are float64 where the generator is, else float32. Slow, readable, and differentiable by recomputation.
+then one more evaluation of the loss, which selects the restart. Latents may be held on a sphere (`on_sphere`), and
+after some steps only the best restarts of each image may go on (`project_keeping`). Any floating dtype: the latent and
+its velocity are float64 where the generator is, else float32. Slow, readable, and differentiable by recomputation.
 """
 
 from __future__ import annotations
@@ -24,16 +25,25 @@ Decoder = Callable[[Tensor], Tensor]
 """Maps latents [N, k] to images [N, C, H, W]."""
 
 
+Keep = tuple[tuple[int, int], ...]
+"""Pairs (step, rows): after that many steps only that many rows of each image, those of least error, go on. Steps
+rise and lie in [0, L), rows are at least 1 and do not rise."""
+
+
 class Descent(NamedTuple):
-    """The settings of a descent that every step needs, in the order in which `project` takes them.
+    """The settings of a descent.
 
     Attributes:
         lr_schedule: the learning rate of each step, length L.
         momentum: of the heavy ball.
+        radius: the norm to which latents are scaled (`on_sphere`); 0: they are free.
+        keep: which rows go on after some steps; empty: all rows take all steps.
     """
 
     lr_schedule: list[float]
     momentum: float
+    radius: float = 0.0
+    keep: Keep = ()
 
 
 def learning_rates(steps: int, lr: float, lr_decay: float, decay_at: float) -> list[float]:
@@ -57,8 +67,27 @@ def latent_gradient(decoder: Decoder, latents: Tensor, images: Tensor, create_gr
     return gradient
 
 
+def on_sphere(latents: Tensor, radius: float) -> Tensor:
+    """Scales latents [N, k] to the norm `radius`, each by itself.
+
+    The norm is taken in float64. A latent of norm zero has no direction and stays zero; one that is not finite does
+    not become finite. A radius of 0 leaves all latents as they are.
+    """
+    if radius == 0:
+        return latents
+    wide = latents.double()
+    norm = wide.norm(dim=1, keepdim=True)
+    return (wide * (radius / norm.where(norm != 0, radius))).to(latents.dtype)
+
+
 def descend(
-    decoder: Decoder, images: Tensor, z0: Tensor, lr_schedule: Sequence[float], momentum: float
+    decoder: Decoder,
+    images: Tensor,
+    z0: Tensor,
+    lr_schedule: Sequence[float],
+    momentum: float,
+    radius: float = 0.0,
+    velocity: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns the whole trajectory of every row.
 
@@ -68,16 +97,20 @@ def descend(
         z0: starting points, [N, k].
         lr_schedule: the learning rate of each step, length L.
         momentum: of the heavy ball.
+        radius: z0 and the latent after every step are scaled to this norm; the velocity stays as it is. 0: none is.
+        velocity: that with which a descent goes on from z0, [N, k]; None: it begins there, with a velocity of zero.
 
     Returns:
         L + 1 pairs (latents, velocity), each [N, k].
     """
-    z, velocity = z0.detach().clone(), torch.zeros_like(z0)
+    z = z0.detach().clone()
+    if velocity is None:
+        z, velocity = on_sphere(z, radius), torch.zeros_like(z)
     trajectory = [(z, velocity)]
     for rate in lr_schedule:
         gradient = latent_gradient(decoder, z.detach().requires_grad_(), images)
         velocity = momentum * velocity + gradient
-        z = z - rate * velocity
+        z = on_sphere(z - rate * velocity, radius)
         trajectory.append((z, velocity))
     return trajectory
 
@@ -89,19 +122,47 @@ def project(
     lr_schedule: Sequence[float],
     momentum: float,
     max_rows: int | None = None,
+    radius: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Projects every image from every starting point.
+    """Projects every image from every starting point; all rows take all steps.
 
     Args:
         decoder: the generator.
         images: [B, C, H, W].
         z0: [R, k] (shared by all images) or [B, R, k].
-        lr_schedule: the learning rate of each step, length L.
+        lr_schedule: the learning rate of each step, length L; L may be 0.
         momentum: of the heavy ball.
         max_rows: rows (image x restart) in flight; None: all.
+        radius: the norm to which latents are scaled at the start and after every step; 0: they are free.
 
     Returns:
         latents [B, R, k] and their mean squared errors [B, R].
+    """
+    latents, errors, _ = project_keeping(decoder, images, z0, lr_schedule, momentum, (), max_rows, radius)
+    return latents, errors
+
+
+def project_keeping(
+    decoder: Decoder,
+    images: Tensor,
+    z0: Tensor,
+    lr_schedule: Sequence[float],
+    momentum: float,
+    keep: Sequence[tuple[int, int]],
+    max_rows: int | None = None,
+    radius: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects every image from every starting point, and drops rows on the way.
+
+    After `step` steps, for each pair of `keep`, the `rows` rows of least error of each image go on with their
+    velocities: NaN comes last, the lowest index first among equals. Where there are no more than `rows`, all go on.
+
+    Args:
+        keep: pairs (step, rows), as `Keep` says; the other arguments are those of `project`.
+
+    Returns:
+        latents [B, R, k], their mean squared errors [B, R], and how many steps each row took, [B, R] int64. A dropped
+        row has the latent and the error with which it stopped.
     """
     # Inference tensors cannot take part in a graph, and the descent needs one whatever the caller's mode.
     with torch.inference_mode(False), torch.enable_grad():
@@ -109,17 +170,31 @@ def project(
         count = images.shape[0]
         start = z0.expand(count, *z0.shape) if z0.dim() == 2 else z0
         restarts, k = start.shape[1:]
-        total = count * restarts
-        latents, errors = start.new_empty(total, k), start.new_empty(total)
-        chunk = total if max_rows is None else max_rows
-        for first in range(0, total, max(chunk, 1)):
-            rows = torch.arange(first, min(first + chunk, total), device=images.device)
-            targets = images[rows // restarts]
-            z, _ = descend(decoder, targets, start.reshape(total, k)[rows], lr_schedule, momentum)[-1]
-            with torch.no_grad():
-                latents[rows] = z
-                errors[rows] = reconstruction_errors(decoder, z, targets).to(errors.dtype)
-        return latents.view(count, restarts, k), errors.view(count, restarts)
+        latents, velocity = start.reshape(-1, k).clone(), torch.zeros_like(start).reshape(-1, k)
+        errors = latents.new_empty(count * restarts)
+        steps = torch.zeros(count * restarts, dtype=torch.int64, device=latents.device)
+        rows = torch.arange(count * restarts, device=latents.device)  # that are still descending
+        taken = None  # steps, so far
+        for end, kept in (*keep, (len(lr_schedule), 0)):
+            for some in rows.split(max(1, len(rows) if max_rows is None else max_rows)):
+                targets = images[some // restarts]
+                carried = None if taken is None else velocity[some]
+                rates = lr_schedule[taken or 0 : end]
+                latents[some], velocity[some] = descend(
+                    decoder, targets, latents[some], rates, momentum, radius, carried
+                )[-1]
+                with torch.no_grad():
+                    errors[some] = reconstruction_errors(decoder, latents[some], targets).to(errors.dtype)
+            steps[rows] = taken = end
+            if kept:
+                rows = rows[_least(errors[rows].view(count, len(rows) // max(count, 1)), kept).flatten()]
+        return latents.view(count, restarts, k), errors.view(count, restarts), steps.view(count, restarts)
+
+
+def _least(errors: Tensor, kept: int) -> Tensor:
+    """Returns the indices into errors [B, R], flattened, of each image's `kept` least ones, [B, min(kept, R)]."""
+    order = errors.argsort(dim=1, stable=True)[:, :kept].sort(dim=1).values  # NaN is the greatest
+    return order + errors.shape[1] * torch.arange(len(errors), device=errors.device)[:, None]
 
 
 def unrolled_gradient(
@@ -129,8 +204,10 @@ def unrolled_gradient(
     lr_schedule: Sequence[float],
     momentum: float,
     gradient: Tensor,
+    radius: float = 0.0,
+    steps: Tensor | None = None,
 ) -> Tensor:
-    """Returns the reconstruction's gradient with respect to the image, through all L steps of one restart.
+    """Returns the reconstruction's gradient with respect to the image, through all steps of one restart.
 
     Latents of the trajectory are kept (they are small), activations are recomputed step by step, so memory
     does not grow with L but for 2 k floats a row and step.
@@ -142,6 +219,8 @@ def unrolled_gradient(
         lr_schedule: the learning rate of each step, length L.
         momentum: of the heavy ball.
         gradient: of some scalar with respect to the reconstruction, [B, C, H, W].
+        radius: the norm to which latents are scaled; 0: they are free.
+        steps: how many steps the chosen restart took, [B]; None: all of them.
 
     Returns:
         Its gradient with respect to the images, [B, C, H, W].
@@ -150,20 +229,28 @@ def unrolled_gradient(
         images, z0, gradient = images.detach().clone(), z0.detach().clone(), gradient.detach().clone()
         if not len(images):
             return torch.zeros_like(images)
-        trajectory = descend(decoder, images, z0, lr_schedule, momentum)
-        last = trajectory[-1][0].detach().requires_grad_()
+        trajectory = descend(decoder, images, z0, lr_schedule, momentum, radius)
+        last = trajectory[-1][0]
+        if steps is not None:
+            latents = torch.stack([z for z, _ in trajectory], 1)
+            last = latents[torch.arange(len(latents), device=steps.device), steps]
+        last = last.detach().requires_grad_()
         (to_latent,) = torch.autograd.grad(decoder(last), last, gradient)
         to_velocity = torch.zeros_like(to_latent)
         to_images = torch.zeros_like(images)
-        for (z, velocity), rate in zip(reversed(trajectory[:-1]), reversed(lr_schedule), strict=True):
-            z, velocity = z.detach().requires_grad_(), velocity.detach().requires_grad_()
-            x = images.detach().requires_grad_()
+        for step in reversed(range(len(lr_schedule))):
+            z, velocity, x = (t.detach().requires_grad_() for t in (*trajectory[step], images))
             next_velocity = momentum * velocity + latent_gradient(decoder, z, x, create_graph=True)
-            next_z = z - rate * next_velocity
-            to_latent, to_velocity, step = torch.autograd.grad(
-                (next_z, next_velocity), (z, velocity, x), (to_latent, to_velocity)
-            )
-            to_images = to_images + step
+            next_z = on_sphere(z - lr_schedule[step] * next_velocity, radius)
+            before = torch.autograd.grad((next_z, next_velocity), (z, velocity, x), (to_latent, to_velocity))
+            if steps is not None:  # a row that had stopped by then was not changed by this step
+                stopped = (to_latent, to_velocity, torch.zeros_like(images))
+                before = tuple(
+                    torch.where((steps > step).view(-1, *(1,) * (moved.dim() - 1)), moved, left)
+                    for moved, left in zip(before, stopped, strict=True)
+                )
+            to_latent, to_velocity, to_image = before
+            to_images = to_images + to_image
         return to_images
 
 

@@ -1,5 +1,8 @@
 #include "passes.h"
 
+#include <algorithm>
+#include <cmath>
+
 namespace defgan::cpu {
 namespace {
 
@@ -38,6 +41,35 @@ void Passes::update(float rate, float momentum) {
   args.rate = rate;
   args.momentum = momentum;
   image_.update(args);
+  watch_.latent();
+}
+
+// Sums in double neither overflow nor vanish, and the product of two floats is exact in it, so that a fused multiply-add
+// changes nothing. Units are summed one by one, then over the row: it does not matter which member has which.
+void Passes::scale_latent(float radius) {
+  const int k = g_.plan.latent_size(), all_units = int(units_of(k, kUnitFloats));
+  const Range units = latent_units();
+  double* const squares = reinterpret_cast<double*>(w_.latent_squares.data());
+  for (int row = 0; row < rows_; ++row)
+    for (int u = int(units.begin); u < int(units.end); ++u) {
+      double sum = 0;
+      for (int c = u * kUnitFloats; c < std::min(k, (u + 1) * kUnitFloats); ++c) {
+        const double z = double(w_.latent.floats()[int64_t(row) * k + c]);
+        sum += z * z;
+      }
+      squares[row * all_units + u] = sum;
+    }
+  watch_.latent();
+  meet();
+  const int begin = int(units.begin) * kUnitFloats, end = std::min(k, int(units.end) * kUnitFloats);
+  for (int row = 0; row < rows_; ++row) {
+    double sum = 0;
+    for (int u = 0; u < all_units; ++u) sum += squares[row * all_units + u];
+    if (sum == 0) continue;
+    const double scale = double(radius) / std::sqrt(sum);
+    float* const latent = w_.latent.floats() + int64_t(row) * k;
+    for (int c = begin; c < end; ++c) latent[c] = float(double(latent[c]) * scale);
+  }
   watch_.latent();
 }
 

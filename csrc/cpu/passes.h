@@ -41,6 +41,9 @@ class Passes {
   // One momentum step of this member's units of the latent.
   void update(float rate, float momentum);
 
+  // Scales every row's latent, of which each member has its own units, to the norm `radius`; a row of norm zero stays.
+  void scale_latent(float radius);
+
   void meet() {
     me_.meet();
     watch_.waiting();

@@ -18,13 +18,16 @@ class Worker {
       : g_(generator), w_(workspace), me_(member), passes_(generator, workspace, member, profile) {}
 
   void project(const ProjectArgs& args, int64_t first, int rows) {
+    const float radius = args.descent.radius;
     start(args, first, rows);
+    if (radius > 0 && !args.velocities) passes_.scale_latent(radius);
     passes_.store_latent(g_);
     for (int step = 0; step < args.descent.steps; ++step) {
       passes_.forward(g_);
       passes_.image_gradient();
       passes_.backward();
       passes_.update(args.descent.rates[step], args.descent.momentum);
+      if (radius > 0) passes_.scale_latent(radius);
       if (step + 1 < args.descent.steps) passes_.store_latent(g_);
     }
     write_results(args, first, rows);
@@ -51,7 +54,7 @@ class Worker {
   const Member& me_;
   Passes passes_;
 
-  // Brings the rows' starting points and targets; velocities are zero.
+  // Brings the rows' starting points, velocities and targets.
   void start(const ProjectArgs& args, int64_t first, int rows) {
     const int k = g_.plan.latent_size(), pixels = g_.pixels(), stride = g_.pixel_stride();
     if (me_.id == 0) {
@@ -62,7 +65,10 @@ class Worker {
         std::memcpy(w_.latent.floats() + int64_t(row) * k, args.start + start * k, size_t(k) * 4);
         std::memcpy(w_.target.floats() + int64_t(row) * stride, args.images + image * pixels, size_t(pixels) * 4);
       }
-      std::memset(w_.velocity.data(), 0, w_.velocity.size());
+      if (args.velocities)
+        std::memcpy(w_.velocity.data(), args.velocities + first * k, size_t(rows) * k * 4);
+      else
+        std::memset(w_.velocity.data(), 0, w_.velocity.size());
     }
     me_.meet();
     passes_.watch().latent();
@@ -84,7 +90,10 @@ class Worker {
     for (int row = me_.id; row < rows; row += me_.size)
       args.errors[first + row] =
           g_.set->image->error(w_.image.floats() + row * stride, w_.target.floats() + row * stride, g_.pixels());
-    if (me_.id == 0) std::memcpy(args.latents + first * k, w_.latent.data(), size_t(rows * k) * 4);
+    if (me_.id == 0) {
+      std::memcpy(args.latents + first * k, w_.latent.data(), size_t(rows * k) * 4);
+      if (args.velocities_out) std::memcpy(args.velocities_out + first * k, w_.velocity.data(), size_t(rows * k) * 4);
+    }
     me_.meet();
   }
 };

@@ -16,11 +16,13 @@ struct ProjectArgs {
   int64_t images_count;  // B
   int restarts;          // R
   Descent descent;
-  int threads;       // at most
-  int64_t max_rows;  // rows in flight at most; 0: as many as keep working memory under 200 MB
-  float* latents;    // out: [B, R, k]
-  float* errors;     // out: [B, R], mean squared error after the last step
-  Profile* profile;  // out: added to, or nullptr
+  const float* velocities;  // [B, R, k], with which a descent goes on; nullptr: it begins, with velocities of zero
+  int threads;              // at most
+  int64_t max_rows;         // rows in flight at most; 0: as many as keep working memory under 200 MB
+  float* latents;           // out: [B, R, k]
+  float* errors;            // out: [B, R], mean squared error after the last step
+  float* velocities_out;    // out: [B, R, k] after the last step, or nullptr
+  Profile* profile;         // out: added to, or nullptr
 };
 
 void project(const PackedGenerator& generator, const ProjectArgs& args);

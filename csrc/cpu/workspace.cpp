@@ -30,6 +30,7 @@ void Workspace::list(const PackedGenerator& g, int rows, const Use& use) {
   const int64_t column_bytes = int64_t(positions) * units * rows * kUnitBytes;
   use(latent, latent_bytes, Padding::kNeverRead);
   use(velocity, latent_bytes, Padding::kNeverRead);
+  use(latent_squares, rows * units_of(k, kUnitFloats) * int64_t(sizeof(double)), Padding::kNeverRead);
   use(gradient, latent_units, Padding::kCleared);
   use(start_units, latent_units, Padding::kCleared);
   use(image, image_bytes, Padding::kNeverRead);

@@ -35,6 +35,7 @@ class Workspace {
   void prepare(int rows, bool mixed);
 
   Buffer latent, velocity;            // [row][k]
+  Buffer latent_squares;              // double [row][unit]: sums of the latent's squares
   Buffer start_units;                 // the latent as the first layer reads it
   Buffer gradient;                    // the latent's, float32 units
   Buffer latent_sums;                 // the same by panels, where it is taken from the forward weights

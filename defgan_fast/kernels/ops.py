@@ -33,19 +33,22 @@ def project(
     precision: str,
     max_rows: int,
     validate: bool,
+    radius: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Projects every image from every starting point.
+    """Projects every image from every starting point; all rows take all steps.
 
     Args:
         images: [B, C, H, W] float32, bfloat16 or float16.
         z0: [R, k] (shared by all images) or [B, R, k], a floating dtype, on the images' device.
         parameters: the generator's tensors as the plan numbers them, on the images' device.
         plan: the text of a `defgan_fast.plan.Plan`.
-        lr_schedule: the learning rate of each step, length L.
+        lr_schedule: the learning rate of each step, length L, which may be 0.
         momentum: of the heavy ball.
         precision: one of `precisions.ALL`.
         max_rows: rows (image x restart) in flight at most; 0 keeps working memory under 200 MB.
         validate: whether images must be finite and in the generator's range.
+        radius: the norm to which latents are scaled at the start and after every step; 0: they are free. A latent of
+            norm zero stays zero.
 
     Returns:
         latents [B, R, k] and their mean squared errors [B, R], both float32.
@@ -54,7 +57,53 @@ def project(
         TypeError, ValueError: an argument does not fit; the message names it.
     """
     found: tuple[Tensor, Tensor] = torch.ops.defgan_fast.project(
-        images, z0, parameters, plan, lr_schedule, momentum, precision, max_rows, validate
+        images, z0, parameters, plan, lr_schedule, momentum, precision, max_rows, validate, radius
+    )
+    return found
+
+
+def project_keeping(
+    images: Tensor,
+    z0: Tensor,
+    parameters: Sequence[Tensor],
+    plan: str,
+    lr_schedule: Sequence[float],
+    momentum: float,
+    precision: str,
+    max_rows: int,
+    validate: bool,
+    radius: float,
+    keep: Sequence[tuple[int, int]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects every image from every starting point, and drops rows on the way; without a wait on a GPU.
+
+    Args:
+        keep: pairs (step, rows): after that many steps only the `rows` rows of least float32 error of each image go
+            on, with their velocities: NaN comes last, the lowest index first among equals. Where there are no more
+            than `rows`, all go on. Steps rise and lie in [0, L), rows are at least 1 and never rise. The other
+            arguments are those of `project`.
+
+    Returns:
+        latents [B, R, k] and their mean squared errors [B, R], float32, and how many steps each row took, [B, R]
+        int64. A dropped row has the latent and the error with which it stopped.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    steps, rows = [step for step, _ in keep], [kept for _, kept in keep]
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.defgan_fast.project_keeping(
+        images,
+        z0,
+        parameters,
+        plan,
+        lr_schedule,
+        momentum,
+        precision,
+        max_rows,
+        validate,
+        radius,
+        steps,
+        rows,
     )
     return found
 
