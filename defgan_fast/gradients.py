@@ -47,8 +47,8 @@ def unrolled(
     plan: str,
     lr_schedule: Sequence[float],
     momentum: float,
-    radius: float = 0.0,
-    steps: Tensor | None = None,
+    radius: float,
+    steps: Tensor | None,
 ) -> Tensor:
     """Returns the reconstruction, bit for bit, with the gradient through all steps of the chosen restart.
 
@@ -75,8 +75,8 @@ def unrolled_gradient(
     plan: str,
     lr_schedule: Sequence[float],
     momentum: float,
-    radius: float = 0.0,
-    steps: Tensor | None = None,
+    radius: float,
+    steps: Tensor | None,
 ) -> Tensor:
     """Returns the gradient of `unrolled` with respect to the images.
 
@@ -117,8 +117,8 @@ def _(
     plan: str,
     lr: Any,
     momentum: float,
-    radius: float = 0.0,
-    steps: Any = None,
+    radius: float,
+    steps: Any,
 ) -> Tensor:
     return torch.empty_like(reconstruction)
 
@@ -132,8 +132,8 @@ def _(
     plan: str,
     lr: Any,
     momentum: float,
-    radius: float = 0.0,
-    steps: Any = None,
+    radius: float,
+    steps: Any,
 ) -> Tensor:
     return torch.empty_like(images)
 
@@ -185,7 +185,7 @@ class UnrolledDecoder(torch.autograd.Function):
         decoder: Decoder,
         descent: Descent,
         dtype: torch.dtype,
-        steps: Tensor | None = None,
+        steps: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(images, z0, steps)
         ctx.arguments = (decoder, descent, dtype)

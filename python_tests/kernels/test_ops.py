@@ -63,6 +63,7 @@ def project_arguments(generator: nn.Module, images: Tensor, **changes) -> tuple:
         "precision": "float32",
         "max_rows": 0,
         "validate": True,
+        "radius": 0.0,
     }
     assert set(changes) <= set(named)
     return tuple({**named, **changes}.values())
@@ -82,8 +83,24 @@ def test_opcheck_project(generator: nn.Module, images: Tensor) -> None:
             "z0": torch.randn(3, 4, K),
             "max_rows": 1,
         },
+        {"radius": 1.5},
+        {"lr_schedule": []},
     ):
         torch.library.opcheck(op, project_arguments(generator, **{"images": images, **changes}))
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("keep_steps", "keep_rows"), [([], []), ([0], [1]), ([1, 2], [3, 2])], ids=["all", "at_once", "twice"]
+)
+def test_opcheck_project_keeping(
+    generator: nn.Module, images: Tensor, keep_steps: list[int], keep_rows: list[int]
+) -> None:
+    op = torch.ops.defgan_fast.project_keeping.default
+    given = {"z0": torch.randn(4, K), "lr_schedule": [8.0, 2.0, 0.8]}
+    for x in (images, images[:0].bfloat16()):
+        arguments = project_arguments(generator, x, **given, radius=2.0)
+        torch.library.opcheck(op, (*arguments, keep_steps, keep_rows))
 
 
 @kernels
@@ -118,13 +135,15 @@ def test_opcheck_unrolled(generator: nn.Module, images: Tensor, layout: str) -> 
     text, parameters = plan_of(generator)
     x = LAYOUTS[layout](images).detach().requires_grad_()
     z0 = torch.randn(len(x), K)
-    torch.library.opcheck(
-        gradients.unrolled, (x, torch.rand(x.shape).to(x.dtype), z0, parameters, text, [2.0, 0.2], 0.7)
-    )
-    torch.library.opcheck(
-        gradients.unrolled_gradient,
-        (torch.randn(x.shape).to(x.dtype), x.detach(), z0, parameters, text, [2.0], 0.7),
-    )
+    for radius, steps in ((0.0, None), (2.0, torch.arange(len(x)) % 2)):
+        reconstruction = torch.rand(x.shape).to(x.dtype)
+        torch.library.opcheck(
+            gradients.unrolled, (x, reconstruction, z0, parameters, text, [2.0, 0.2], 0.7, radius, steps)
+        )
+        torch.library.opcheck(
+            gradients.unrolled_gradient,
+            (torch.randn(x.shape).to(x.dtype), x.detach(), z0, parameters, text, [2.0], 0.7, radius, steps),
+        )
 
 
 def test_opcheck_starting_points() -> None:
@@ -199,6 +218,8 @@ def test_ties_keep_the_bits_and_share_no_memory(op) -> None:
         ({"precision": "float16"}, ValueError, "precision must be .*got .float16.*bfloat16"),
         ({"precision": "double"}, ValueError, "precision must be .*double"),
         ({"max_rows": -1}, ValueError, "max_rows must be .*, got -1"),
+        ({"radius": -1.0}, ValueError, r"radius must be finite and at least 0 \(0: free\), got -1"),
+        ({"radius": torch.inf}, ValueError, "radius must be finite .*, got inf"),
         ({"parameters": []}, ValueError, "parameter"),
         ({"plan": "rubbish"}, ValueError, "rubbish"),
     ],
@@ -207,6 +228,23 @@ def test_bad_arguments(generator, images, changes: dict, error: type[Exception],
     with pytest.raises(error, match=message) as caught:
         torch.ops.defgan_fast.project(*project_arguments(generator, **{"images": images, **changes}))
     assert "\n" not in str(caught.value)
+
+
+@kernels
+@pytest.mark.parametrize(
+    ("steps", "rows", "message"),
+    [
+        ([1], [1, 1], "keep_steps and keep_rows must have the same length, got 1 and 2"),
+        ([2], [1], r"keep_steps must rise and lie in \[0, 2\), got \[2\]"),
+        ([-1], [1], r"keep_steps must .*, got \[-1\]"),
+        ([1, 1], [2, 1], r"keep_steps must .*, got \[1, 1\]"),
+        ([0], [0], r"keep_rows must be at least 1 and never rise, got \[0\]"),
+        ([0, 1], [1, 2], r"keep_rows must .*, got \[1, 2\]"),
+    ],
+)
+def test_bad_keeps(generator, images, steps: list[int], rows: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch.ops.defgan_fast.project_keeping(*project_arguments(generator, images), steps, rows)
 
 
 @kernels

@@ -112,24 +112,33 @@ def test_unrolled_passes_gradcheck(lowerable: bool, restarts: int) -> None:
 
 
 @kernels
-def test_unrolled_op_passes_gradcheck() -> None:
-    """The op that the kernel path uses, in float64 through a plan's text."""
+@pytest.mark.parametrize("radius", [0.0, 1.3])
+@pytest.mark.parametrize("keep", [(), ((0, 3), (1, 2), (2, 1))], ids=["all", "dropped"])
+def test_unrolled_op_passes_gradcheck(radius: float, keep: reference.Keep) -> None:
+    """The op that the kernel path uses, in float64 through a plan's text, for every restart in turn."""
     from defgan_fast.plan import lower
 
     torch.manual_seed(1)
     generator = Smooth(True).double()
     plan = lower(generator, 3)
     parameters = [p.detach() for p in plan.tensors(generator)]
-    z0, rates = torch.randn(2, 3, dtype=torch.float64), [2.0, 1.5, 0.2]
+    z0, rates = torch.randn(2, 4, 3, dtype=torch.float64), [2.0, 1.5, 0.2]
+    taken = set()
 
-    def reconstruct(x: Tensor) -> Tensor:
-        latents, _ = reference.project(generator, x, z0[:, None], rates, 0.7)
+    def reconstruct(x: Tensor, restart: int) -> Tensor:
+        latents, _, steps = reference.project_keeping(generator, x, z0, rates, 0.7, keep, None, radius)
+        taken.update(steps[:, restart].tolist())
         with torch.no_grad():
-            reconstruction = generator(latents[:, 0])
-        return gradients.unrolled(x, reconstruction, z0, parameters, plan.text, rates, 0.7)
+            reconstruction = generator(latents[:, restart])
+        start, own = z0[:, restart], steps[:, restart] if keep else None
+        return gradients.unrolled(x, reconstruction, start, parameters, plan.text, rates, 0.7, radius, own)
 
-    x = torch.rand(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(reconstruct, (x,), eps=1e-6, atol=1e-8)
+    for restart in range(4):
+        x = torch.rand(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(
+            lambda y, restart=restart: reconstruct(y, restart), (x,), eps=1e-6, atol=1e-8
+        )
+    assert taken == ({0, 1, 2, 3} if keep else {3})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
