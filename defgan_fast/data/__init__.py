@@ -40,7 +40,9 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
         name: "digits" (1,797 images of scikit-learn, resized to 28x28), "mnist", "fashion_mnist" or "celeba".
         root: folder that holds the files, or holds a folder ``name`` that does. Where it is given, nothing
             else is looked at. Without it: ``$DEFGAN_DATA/<name>/``, then the cache folder, then, for the IDX
-            files, the official mirrors, from which missing ones are downloaded into the cache folder. The
+            files, the official mirrors, from which missing ones are downloaded into the cache folder. MNIST and
+            Fashion-MNIST are IDX files, packed by gzip or not, or ``mnist.npz`` as Keras has it, and the root may
+            be torchvision's (with ``MNIST/raw`` or ``FashionMNIST/raw``), or that ``.npz`` file itself. The
             digits ignore it. CelebA's folder holds ``list_attr_celeba.txt``, ``list_eval_partition.txt``
             and the aligned JPEGs, themselves or in ``img_align_celeba`` or ``images``.
         split: "train", "validation" or "test". MNIST and Fashion-MNIST: training images 0 to 49,999,
@@ -52,7 +54,7 @@ def load(name: str, root: str | os.PathLike[str] | None = None, split: str = "tr
         [-1, 1], 1 for men; all of its training part takes 8 GB, :func:`celeba_pixels` a quarter of that.
 
     Raises:
-        ValueError: unknown name or split, or a file whose checksum is not the official one.
+        ValueError: unknown name or split, or a file whose unpacked content is not the official one.
         FileNotFoundError: a file is missing; the message names every place that was looked at.
 
     Example:

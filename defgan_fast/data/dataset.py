@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from defgan_fast import files
 
 SPLITS = ("train", "validation", "test")
 Range = tuple[float, float]
@@ -70,9 +73,12 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of downloads: ``$XDG_CACHE_HOME/defgan_fast``, by default ``~/.cache/defgan_fast``."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "defgan_fast"
+    """Returns the folder of downloads: ``$XDG_CACHE_HOME/defgan_fast``, by default ``~/.cache/defgan_fast``.
+
+    Raises:
+        OSError: the user has no home folder.
+    """
+    return files.caches() / "defgan_fast"
 
 
 def places(name: str, root: str | os.PathLike[str] | None) -> list[Path]:
@@ -82,5 +88,7 @@ def places(name: str, root: str | os.PathLike[str] | None) -> list[Path]:
     found = []
     if os.environ.get("DEFGAN_DATA"):
         found.append(Path(os.environ["DEFGAN_DATA"]) / name)
-    found.append(cache_folder() / name)
+    # A user without a home folder has no cache, but may have data.
+    with contextlib.suppress(OSError):
+        found.append(cache_folder() / name)
     return found
