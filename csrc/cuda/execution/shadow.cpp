@@ -84,7 +84,7 @@ void Memory::mark_initialised(const void* data, size_t bytes) {
   Range* range = ranges_->find(address, bytes);
   if (range == nullptr) throw std::invalid_argument("these bytes are not within one range of memory");
   range->shadow.visit(address, bytes, true,
-                      [](Word& word, uintptr_t) { word = Word{{Group{}, now(), 0}, {Group{}, 0, 0}}; });
+                      [](Word& word, uintptr_t) { word = Word{{ThreadSet{}, now(), 0}, {ThreadSet{}, 0, 0}}; });
 }
 
 void Memory::remove(const void* data) { ranges_->remove(data); }

@@ -3,8 +3,8 @@
 // written as a whole again.
 //
 // Time is counted in barriers: it advances when a warp, a block or a team has met, and never otherwise. So an access
-// precedes another thread's one, as the GPU's memory model has it, if and only if the latest meeting of a group with
-// both of them has a later time than the first access.
+// precedes another thread's one, as the GPU's memory model has it, if and only if the latest meeting of a warp, a block
+// or a team with both threads has a later time than the first access.
 #pragma once
 
 #include <array>
@@ -20,23 +20,24 @@ namespace defgan::cuda::execution {
 
 using Time = uint32_t;
 
-// A thread or a set of threads: the set of all that have read a word and are not ordered among themselves.
-struct Group {
+// A thread, or the smallest of warp, block and set of blocks with all threads that have read a word and are not ordered
+// among themselves.
+struct ThreadSet {
   enum Kind : uint32_t { kThread, kWarp, kBlock, kBlocks };
 
   // thread: its index in the block; of a warp, its first thread. Of kBlocks, `block` numbers a set of blocks.
-  static Group make(Kind kind, uint32_t block, uint32_t thread) { return {kind << 30 | block << 10 | thread}; }
+  static ThreadSet make(Kind kind, uint32_t block, uint32_t thread) { return {kind << 30 | block << 10 | thread}; }
   Kind kind() const { return static_cast<Kind>(code >> 30); }
   uint32_t block() const { return code >> 10 & (kMaxBlocks - 1); }
   uint32_t thread() const { return code & 1023u; }
-  bool operator==(Group other) const { return code == other.code; }
+  bool operator==(ThreadSet other) const { return code == other.code; }
 
   static constexpr uint32_t kMaxBlocks = 1u << 20;
   uint32_t code;
 };
 
 struct Record {
-  Group who;
+  ThreadSet who;
   Time time;      // 0: never
   uint32_t site;  // an index into the executor's table, with the flag below
 };
@@ -82,7 +83,7 @@ class Shadow {
   }
 
  private:
-  static constexpr Group kSplit{~0u};
+  static constexpr ThreadSet kSplit{~0u};
   static bool is_split(const Word& word) { return word.write.who == kSplit; }
   void split(Word& word);
 
