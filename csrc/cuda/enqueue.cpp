@@ -118,40 +118,25 @@ void run_teams(Queue& queue, const Program& program, TeamParams p, int64_t rows_
   }
 }
 
-// The stages of a program whose plan has a fused geometry, in the program's order.
-enum FusedStage {
-  kLinear,
-  kFirst,
-  kSecond,
-  kColumns,  // the last layer: every tap's product at every input position
-  kImage,
-  kSpread,
-  kColumnsBack,
-  kSecondBack,
-  kFirstBack,
-  kLinearBack,
-};
-
 void run_fused(Queue& queue, const Program& program, const char* weights, const float* vectors, const Call& call,
                int64_t rows_in_flight) {
   const int geometry = geometry_of(program.plan);
-  const auto stage = [&](FusedStage name) -> const Stage& { return program.stages[size_t(name)]; };
-  const auto matrices = [&](FusedStage name) { return weights + stage(name).weights; };
-  const auto bias = [&](FusedStage name) { return vectors + stage(name).bias; };
+  const auto matrices = [&](const Stage& stage) { return weights + stage.weights; };
+  const auto bias = [&](const Stage& stage) { return stage.bias == kNone ? nullptr : vectors + stage.bias; };
   FusedParams p{};
-  p.linear = matrices(kLinear);
-  p.first = matrices(kFirst);
-  p.second = matrices(kSecond);
-  p.columns = matrices(kColumns);
-  p.columns_back = matrices(kColumnsBack);
-  p.second_back = matrices(kSecondBack);
-  p.first_back = matrices(kFirstBack);
-  p.linear_back = matrices(kLinearBack);
-  p.linear_bias = bias(kLinear);
-  p.linear_bias_stride = stage(kLinear).bias_stride;
-  p.first_bias = bias(kFirst);
-  p.second_bias = bias(kSecond);
-  p.image_bias = stage(kImage).bias == kNone ? nullptr : bias(kImage);
+  p.linear = matrices(program.forward(0));
+  p.first = matrices(program.forward(1));
+  p.second = matrices(program.forward(2));
+  p.columns = matrices(program.forward(3));
+  p.columns_back = matrices(program.backward(3));
+  p.second_back = matrices(program.backward(2));
+  p.first_back = matrices(program.backward(1));
+  p.linear_back = matrices(program.backward(0));
+  p.linear_bias = bias(program.forward(0));
+  p.linear_bias_stride = program.forward(0).bias_stride;
+  p.first_bias = bias(program.forward(1));
+  p.second_bias = bias(program.forward(2));
+  p.image_bias = bias(program.image());
   p.gradient_scale = program.header.gradient_scale;
   for (int64_t first = 0; first < call.rows; first += rows_in_flight) {
     const int64_t end = std::min<int64_t>(call.rows, first + rows_in_flight);

@@ -15,100 +15,10 @@
 // (from its mask) backward. The tables' order of summation (program.cpp) is phase by phase for that reason.
 #pragma once
 
-#include "geometries.h"
-#include "layout.h"
+#include "fused_convolution.h"
+#include "relu_masks.h"
 
 namespace defgan::cuda {
-
-// A weight matrix of one tap, and the step from a destination to its source.
-struct FusedTap {
-  int matrix, dy, dx;
-};
-
-// sum[column][tile] += W[tap] * source for every tap. source_at(tap, column): offset of the source in shared memory, of
-// zeros where there is none, since a product costs less than a branch. Two columns' products take turns, so that no sum
-// waits for itself, while the next two columns' operands are on their way. Weights come as a stream, one chunk of 32
-// source channels ahead, through the ends of taps.
-template <class S, int kColumns, int kTiles, int kChunks, class TapAt, class SourceAt>
-DEFGAN_DEVICE void convolve(float (&sum)[kColumns][kTiles][4], int taps, const TapAt& tap_at, const SourceAt& source_at,
-                            const char* weights, int row_tiles, int first_tile, int lane) {
-  constexpr int kColumnTiles = kChunks * 2;
-  // Two chunks at a time save copying registers, where the sums leave enough of them.
-  constexpr int kBatches = (kColumns + 1) / 2, kUnrolled = kChunks % 2 == 0 && kColumns * kTiles < 32 ? 2 : 1;
-  const auto matrix = [&](int t) {
-    return reinterpret_cast<const Vec4*>(weights) +
-           (tap_at(t).matrix * row_tiles + first_tile) * kColumnTiles * kLanes + lane;
-  };
-  Vec4 a[2][kTiles][2];
-  const auto load = [&](auto slot, const Vec4* at) {
-    static_for<kTiles>([&](auto m) {
-      a[slot][m][0] = load_constant(at + m * kColumnTiles * kLanes);
-      a[slot][m][1] = load_constant(at + m * kColumnTiles * kLanes + kLanes);
-    });
-  };
-  const Vec4* here = matrix(0);
-  load(std::integral_constant<int, 0>{}, here);
-  DEFGAN_NO_UNROLL
-  for (int t = 0; t < taps; ++t) {
-    const Vec4* following = t + 1 < taps ? matrix(t + 1) : here;
-    const FusedTap tap = tap_at(t);
-    int source[kColumns];
-    static_for<kColumns>([&](auto i) { source[i] = source_at(tap, i) + lane * 16; });
-    DEFGAN_NO_UNROLL
-    for (int chunk = 0; chunk < kChunks; chunk += kUnrolled) {
-      static_for<kUnrolled>([&](auto step) {
-        constexpr int kSlot = kUnrolled == 2 ? step : 0;
-        here += 2 * kLanes;
-        load(std::integral_constant<int, 1 - kSlot>{}, chunk + step + 1 < kChunks ? here : following);
-        Vec4 b[2][2];
-        const auto fetch = [&](auto batch) {
-          static_for<2>([&](auto i) {
-            if constexpr (batch * 2 + i < kColumns)
-              b[batch % 2][i] = load_shared(reinterpret_cast<const Vec4*>(shared_memory() + source[batch * 2 + i] +
-                                                                          step * Storage<S>::kBlockBytes));
-          });
-        };
-        fetch(std::integral_constant<int, 0>{});
-        static_for<kBatches>([&](auto batch) {
-          constexpr int kFirst = batch * 2, kCount = kColumns - kFirst < 2 ? kColumns - kFirst : 2;
-          fetch(std::integral_constant<int, batch + 1>{});
-          static_for<kCount>([&](auto i) {
-            static_for<kTiles>([&](auto m) {
-              multiply_accumulate<S>(sum[kFirst + i][m], a[kSlot][m][0], b[batch % 2][i].x, b[batch % 2][i].y);
-            });
-          });
-          static_for<kCount>([&](auto i) {
-            static_for<kTiles>([&](auto m) {
-              multiply_accumulate<S>(sum[kFirst + i][m], a[kSlot][m][1], b[batch % 2][i].z, b[batch % 2][i].w);
-            });
-          });
-        });
-        if constexpr (kUnrolled == 1) {
-          static_for<kTiles>([&](auto m) { a[0][m][0] = a[1][m][0], a[0][m][1] = a[1][m][1]; });
-        }
-      });
-      static_for<kColumns>([&](auto i) { source[i] += kUnrolled * Storage<S>::kBlockBytes; });
-    }
-    here = following;
-  }
-}
-
-// 0xffff for each half whose number is not zero, which for a ReLU's output means that it let the gradient pass.
-DEFGAN_DEVICE uint32_t nonzero_halves(uint32_t word) {
-  return ((word & 0x7fffu) ? 0xffffu : 0u) | ((word & 0x7fff0000u) ? 0xffff0000u : 0u);
-}
-DEFGAN_DEVICE uint32_t mask_bits(const Vec4& piece) {
-  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-  uint32_t bits = 0;
-  static_for<4>([&](auto i) {
-    bits |= ((words[i] & 0x7fffu) ? 1u : 0u) << (2 * i);
-    bits |= ((words[i] & 0x7fff0000u) ? 1u : 0u) << (2 * i + 1);
-  });
-  return bits;
-}
-DEFGAN_DEVICE uint32_t mask_halves(uint32_t bits) {
-  return ((bits & 1) ? 0xffffu : 0u) | ((bits & 2) ? 0xffff0000u : 0u);
-}
 
 template <class S, class G>
 struct Fused {
@@ -190,23 +100,6 @@ struct Fused {
     }
   }
 
-  // Taps that reach outputs of one parity, ascending: o = 2 i + k - pad with k = first, first + 2, ...
-  DEFGAN_DEVICE static constexpr int first_tap(int parity) { return (parity + G::kPad) % 2; }
-  DEFGAN_DEVICE static constexpr int tap_count(int parity) { return first_tap(parity) == 0 ? 3 : 2; }
-
-  // Forward at output 2 q + parity: the source is q + (parity + pad - k) / 2.
-  DEFGAN_DEVICE static FusedTap forward_tap(int py, int px, int t) {
-    const int across = tap_count(px), ky = first_tap(py) + 2 * (t / across), kx = first_tap(px) + 2 * (t % across);
-    return {ky * G::kKernel + kx, (py + G::kPad - ky) / 2, (px + G::kPad - kx) / 2};
-  }
-  // Backward from the outputs of one phase: input i is fed by output 2 i + k - pad, the plane's i + (k - pad - parity) / 2.
-  DEFGAN_DEVICE static FusedTap backward_tap(int py, int px, int t) {
-    const FusedTap f = forward_tap(py, px, t);
-    return {f.matrix, -f.dy, -f.dx};
-  }
-  DEFGAN_DEVICE static int position_in(int y, int x, int extent) {
-    return unsigned(y) < unsigned(extent) && unsigned(x) < unsigned(extent) ? y * extent + x : kNone;
-  }
   // Where the source at (y, x) of a region lies, positions `stride` bytes apart; of the zeros beyond the region's borders.
   template <int kExtent>
   DEFGAN_DEVICE static int source_in(int region, int y, int x, int stride) {
@@ -220,7 +113,7 @@ struct Fused {
     constexpr int kTiles = kTiles1 / 4;
     float sum[kColumns][kTiles][4] = {};
     convolve<S, kColumns, kTiles, G::kChunks0>(
-        sum, tap_count(kPy) * tap_count(kPx), [](int t) { return forward_tap(kPy, kPx, t); },
+        sum, tap_count<G>(kPy) * tap_count<G>(kPx), [](int t) { return forward_tap<G>(kPy, kPx, t); },
         [](const FusedTap& tap, auto i) {
           return source_in<G::kH0>(G::kHidden, i / kWide + tap.dy, i % kWide + tap.dx, kStride0);
         },
@@ -249,7 +142,7 @@ struct Fused {
     constexpr int kTiles = kTiles2 / 2, kSide = G::kH2 / 2;
     float sum[kPlaneColumns][kTiles][4] = {};
     convolve<S, kPlaneColumns, kTiles, G::kChunks1>(
-        sum, tap_count(py) * tap_count(px), [&](int t) { return forward_tap(py, px, t); },
+        sum, tap_count<G>(py) * tap_count<G>(px), [&](int t) { return forward_tap<G>(py, px, t); },
         [](const FusedTap& tap, auto i) {
           constexpr int q = kGroup * kPlaneColumns + i;
           return q < G::kPlane ? source_in<G::kH1>(G::kMiddle, q / kSide + tap.dy, q % kSide + tap.dx, kStride1)
@@ -430,7 +323,7 @@ struct Fused {
       plane_backward(py, px);
       sync_block();
       convolve<S, kPlaneColumns, kTiles, G::kChunks2>(
-          sum, tap_count(py) * tap_count(px), [&](int t) { return backward_tap(py, px, t); },
+          sum, tap_count<G>(py) * tap_count<G>(px), [&](int t) { return backward_tap<G>(py, px, t); },
           [](const FusedTap& tap, auto i) {
             constexpr int q = kGroup * kPlaneColumns + i;
             return q < G::kPlane ? source_in<kSide>(G::kHidden, q / kSide + tap.dy, q % kSide + tap.dx, G::kPlaneBytes)
@@ -457,19 +350,7 @@ struct Fused {
     constexpr int kTiles = kTiles0 / kWarps, kColumns = G::kH0 * G::kH0;
     float sum[kColumns][kTiles][4] = {};
     convolve<S, kColumns, kTiles, G::kChunks1>(
-        sum, G::kTaps,
-        [](int t) {
-          int py = 0, px = 0;
-          for (int phase = 0; phase < 3; ++phase) {
-            const int count = tap_count(phase / 2) * tap_count(phase % 2);
-            if (t < count) break;
-            t -= count;
-            py = (phase + 1) / 2, px = (phase + 1) % 2;
-          }
-          const int across = tap_count(px), ky = first_tap(py) + 2 * (t / across),
-                    kx = first_tap(px) + 2 * (t % across);
-          return FusedTap{ky * G::kKernel + kx, ky - G::kPad, kx - G::kPad};
-        },
+        sum, G::kTaps, [](int t) { return input_tap<G>(t); },
         [](const FusedTap& tap, auto i) {
           return source_in<G::kH1>(G::kMiddle, 2 * (i / G::kH0) + tap.dy, 2 * (i % G::kH0) + tap.dx, kStride1);
         },

@@ -1,18 +1,21 @@
-// The generators that the fused kernel is compiled for, and how a plan is recognised as one of them.
+// The generators that the fused kernel is compiled for. A geometry has every size that the kernel needs, and lays out
+// its shared memory (fused.h says what lies there).
 #pragma once
 
 #include "params.h"
 
 namespace defgan::cuda {
 
+// kLatent: k. kWidth: d, the channels of layer 2. kPad: 2 is PyTorch's alignment, 1 TensorFlow's SAME.
+// In names, 0, 1 and 2 are the layers' outputs and 3 is the image: kC0 channels, kH0 rows and columns of positions.
 template <int kLatent_, int kWidth_, int kPad_>
 struct Geometry {
   static constexpr int kLatent = kLatent_, kWidth = kWidth_;
-  static constexpr int kPad = kPad_;  // of every convolution: 2 is PyTorch's alignment, 1 is TensorFlow's SAME
+  static constexpr int kPad = kPad_;
   static constexpr int kC0 = 4 * kWidth, kC1 = 2 * kWidth, kC2 = kWidth;
   static constexpr int kH0 = 4, kH1 = 7, kH2 = 14, kH3 = 28;
   static constexpr int kKernel = 5, kTaps = kKernel * kKernel, kPixels = kH3 * kH3;
-  static constexpr int kPlane = (kH2 / 2) * (kH2 / 2);
+  static constexpr int kPlane = (kH2 / 2) * (kH2 / 2);  // positions of one phase of layer 2's output
 
   static constexpr int kBlock = kChunk * kGroupRows * 2;
   static constexpr int kChunks0 = kC0 / kChunk, kChunks1 = kC1 / kChunk, kChunks2 = kC2 / kChunk;
@@ -23,6 +26,7 @@ struct Geometry {
 
   static constexpr int kHiddenBytes =
       kH0 * kH0 * kChunks0 * kBlock > kPlane* kPlaneBytes ? kH0 * kH0 * kChunks0 * kBlock : kPlane * kPlaneBytes;
+  // What begins where, in bytes.
   static constexpr int kHidden = 0;
   static constexpr int kMiddle = kHidden + kHiddenBytes;
   static constexpr int kMask0 = kMiddle + kH1 * kH1 * kChunks1 * kBlock;  // a bit for each half, 16 bits for two chunks

@@ -31,11 +31,12 @@ struct alignas(8) Float2 {
 template <class S>
 struct Storage {  // Half, Bfloat16
   static constexpr int kBlockBytes = kChunk * kGroupRows * 2;
-  static constexpr int kFragmentBytes = kLanes * 16;  // of 16x16 weights
+  static constexpr int kFragmentBytes = kLanes * 16;  // an A fragment has 16x16 weights
 
   DEFGAN_DEVICE static int channel(int lane, int j) { return lane % 4 * 2 + j % 2 + j / 2 * 8; }
   DEFGAN_DEVICE static int row(int lane, int) { return lane / 4; }
-  DEFGAN_DEVICE static int offset(int channel, int row) {  // of one number within its block
+  // Returns where a number is within its block, in bytes.
+  DEFGAN_DEVICE static int offset(int channel, int row) {
     const int lane = row * 4 + channel % 8 / 2;
     return lane * 16 + channel / 8 * 4 + channel % 2 * 2;
   }
@@ -59,7 +60,7 @@ struct Storage {  // Half, Bfloat16
     unpack2<S>(load_global(reinterpret_cast<const uint16_t*>(at)), low, high);
     return low;
   }
-  // The rows 2 pair and 2 pair + 1 of one pixel.
+  // Stores the rows 2 pair and 2 pair + 1 of one pixel.
   DEFGAN_DEVICE static void store_pair(char* pixel, int pair, float low, float high) {
     store_global(reinterpret_cast<uint32_t*>(pixel) + pair, pack2<S>(low, high));
   }
@@ -92,7 +93,7 @@ struct Storage<float> {
 template <class S>
 constexpr int kElementBytes = Storage<S>::kBlockBytes / (kChunk * kGroupRows);
 
-// A struct of the tables, as load(number) gives its 16-byte words; all are whole multiples of them.
+// Puts a struct of the tables together from its 16-byte words, as load(number) gives them.
 template <class T, class Load>
 DEFGAN_DEVICE T made_of_words(const Load& load) {
   static_assert(sizeof(T) % 16 == 0, "tables are read in 16-byte words");
@@ -123,7 +124,7 @@ DEFGAN_DEVICE float activate(int activation, float slope, float x) {
   }
 }
 
-// gradient times the activation's derivative where its (stored) output is y.
+// Returns the gradient times the activation's derivative, which the stored output y tells.
 DEFGAN_DEVICE float differentiate(int activation, float slope, float y, float gradient) {
   switch (Activation(activation)) {
     case Activation::kRelu: return y <= 0 ? 0.0f : gradient;
@@ -134,14 +135,14 @@ DEFGAN_DEVICE float differentiate(int activation, float slope, float y, float gr
   }
 }
 
-// Gradient of half the squared error of a pixel with respect to the sum that it is made of. The factor 2 / pixels of the
-// mean is applied where the latent is updated: in 16 bits it would waste the small end of the range.
+// Returns the gradient of half the squared error of a pixel with respect to the sum that it is made of. The factor
+// 2 / pixels of the mean is applied where the latent is updated: in 16 bits it would waste the small end of the range.
 DEFGAN_DEVICE float image_gradient(int activation, float slope, float sum, float target) {
   const float y = activate(activation, slope, sum);
   return differentiate(activation, slope, y, y - target);
 }
 
-// One heavy-ball step of one number of the latent.
+// Takes one heavy-ball step with one number of the latent.
 DEFGAN_DEVICE void momentum_step(float& latent, float& velocity, float gradient, float scale, float momentum,
                                  float rate) {
   velocity = fused_multiply_add(momentum, velocity, scale * gradient);

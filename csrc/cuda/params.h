@@ -7,12 +7,13 @@
 
 namespace defgan::cuda {
 
-constexpr int kLanes = 32;  // of a warp
-constexpr int kPiece = 8;   // numbers of a block that belong to one lane
+constexpr int kLanes = 32;  // a warp's threads
+constexpr int kPiece = 8;   // the numbers of a block of storage that belong to one lane
 constexpr int kPackThreads = 256, kTeamThreads = 256, kFusedThreads = 256;
 
-// What the stages need of the tables, in shared memory: the next stage's is brought while one runs.
-constexpr int kMaxChoices = 128;  // stages whose tiles are chosen once; those of longer plans anew each time
+// What the stages read of the tables, in shared memory. While one stage runs, the next one's record is on its way.
+constexpr int kMaxChoices =
+    128;  // the tiles of so many stages are chosen once; a longer plan's later ones in each step
 struct TeamTables {
   Header header;
   StageRecord stages[2];
@@ -27,7 +28,7 @@ constexpr int kTeamSharedBytes = sizeof(TeamTables);
 struct Call {
   const float* images;      // [B, pixels]
   const float* start;       // latents [R, k] or [B, R, k]
-  int32_t rows, first_row;  // of the whole call; the first one of this launch
+  int32_t rows, first_row;  // where this launch's rows end, and where they begin, in the rows of the whole call
   int32_t restarts;
   int32_t start_per_image;
   Descent descent;

@@ -1,3 +1,5 @@
+// Makes a program of a plan: lays out a group's buffers, writes the stages with their index tables, and says what
+// packing does for each of them.
 #include "program.h"
 
 #include <algorithm>
@@ -107,7 +109,8 @@ class Builder {
 
   static float slope_of(const Layer& l) { return l.activation == Activation::kLeakyRelu ? l.slope : 0.0f; }
 
-  // A gradient stage ends with what the layer below did to its output, or with the latent's step.
+  // The gradient of a layer's input is multiplied by the derivative of the activation that made that input; that of the
+  // latent is a step.
   void end_backward(Stage& s, int n) const {
     s.backward = 1;
     s.epilogue = n == 0 ? Epilogue::kUpdate : Epilogue::kGradient;
@@ -120,7 +123,7 @@ class Builder {
   // kernel that holds one phase of an activation at a time (fused.h) can then keep the order.
   static Pair phases_made_by(const Layer& l) { return l.kind == Kind::kConvTranspose ? l.stride : Pair{1, 1}; }
 
-  // The same for the columns, whose positions the layer before the last one made.
+  // Returns the phases of the columns' positions, which the layer before the last one made.
   Pair column_phases() const {
     const size_t count = plan_.layers.size();
     return count > 1 ? phases_made_by(plan_.layers[count - 2]) : Pair{1, 1};
@@ -173,7 +176,7 @@ class Builder {
     s.class_count = int(classes.size());
     int most = 0;
     for (const PositionClass& c : classes) most = std::max(most, c.taps);
-    // A rule of the plan alone, since it decides the order of summation.
+    // This is a rule of the plan alone, since it decides the order of summation.
     if (s.destination_positions == 1 && most * s.source_chunks >= kMinChainChunks) s.chains = kChains;
     p_.classes.insert(p_.classes.end(), classes.begin(), classes.end());
   }
@@ -276,7 +279,7 @@ class Builder {
     return v.destination;
   }
 
-  // Bias of a layer with a matrix, [position or 1][padded channels].
+  // Adds the bias of a layer with a matrix, [position or 1][padded channels].
   void add_bias(Stage& s, const Layer& l) {
     const ParameterAddresses& at = addresses_of(l);
     const int positions = at.bias_per_position ? l.out.positions() : 1, width = s.destination_chunks * kChunk;
@@ -321,7 +324,7 @@ class Builder {
     p_.stages.push_back(s);
   }
 
-  // Every position by the one matrix, with itself as its source.
+  // Multiplies every position by the one matrix, with itself as its source.
   void add_one_tap(Stage& s) {
     PositionClass c{};
     c.taps = 1;
@@ -370,7 +373,7 @@ class Builder {
     s.index = add_table(index);
   }
 
-  // Image and spread: which sums make a pixel, and which columns get its gradient.
+  // Adds the image, with the sums that make each pixel, and notes for the spreading which pixel each sum belongs to.
   void add_image() {
     const Layer& l = plan_.layers.back();
     const int width = padded(image_.channels), pixels = int(plan_.image.elements());
@@ -464,7 +467,7 @@ class Builder {
 
   Program& p_;
   const Plan& plan_;
-  std::vector<ParameterAddresses> addresses_;  // of each layer
+  std::vector<ParameterAddresses> addresses_;  // layer by layer
   ImageGeometry image_;
   std::vector<int64_t> inputs_;
   int64_t sums_ = 0;

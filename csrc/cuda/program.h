@@ -16,117 +16,122 @@
 namespace defgan::cuda {
 
 constexpr int kGroupRows = 8;
-constexpr int kChunk = 32;           // channels of a block of storage (layout.h); channels are padded to whole ones
-constexpr int kMaxParameters = 256;  // their addresses travel as kernel arguments
-constexpr int kChains = 4;           // partial sums of a long dot product (Stage::chains)
-constexpr int kMinChainChunks = 32;  // dot products of fewer chunks are taken in one chain
-constexpr int kSourceUnit = 256;     // bytes; every buffer and every block of storage begins at a multiple
-constexpr int kStagedClasses = 64;   // of a stage, which travel with it
+constexpr int kChunk = 32;           // channels of a block of storage (layout.h); every layer is padded to whole chunks
+constexpr int kMaxParameters = 256;  // the parameters' addresses travel as kernel arguments
+constexpr int kChains = 4;           // a long dot product is taken in this many partial sums (Stage::chains)
+constexpr int kMinChainChunks = 32;  // a dot product of fewer chunks is taken in one
+constexpr int kSourceUnit = 256;     // bytes; every buffer and every block of storage begins at a multiple of it
+constexpr int kStagedClasses = 64;   // so many classes travel with their stage (StageRecord)
 constexpr int kNone = -1;
 
 enum class StageKind : int32_t { kGemm, kMap, kReorder, kImage, kSpread };
 
+// What a stage does with a number that it has summed.
 enum class Epilogue : int32_t {
-  kActivate,  // bias, activation; stored
-  kSums,      // float32, to the sums of the image
-  kGradient,  // times the derivative that the stored activation tells; written over it
-  kUpdate,    // the latent's gradient: one momentum step
+  kActivate,  // adds the bias, applies the activation, stores it
+  kSums,      // stores it as one of the float32 sums that pixels are made of
+  kGradient,  // multiplies it by the derivative at the stored activation, and overwrites that
+  kUpdate,    // takes it as the latent's gradient, for one momentum step
 };
 
-// Destination positions that are fed by the same matrices: those of one phase. A source that is missing at a border is
-// the group's buffer of zeros: a product with it costs less than asking.
+// A class is the destination positions that are fed by the same matrices: those of one phase. Where a source is missing
+// at a border, the table has the group's buffer of zeros: a product with it costs less than a branch.
 struct alignas(16) PositionClass {
   int32_t taps, positions;
   int32_t matrix;    // table: the matrix of each tap, in the order of summation
-  int32_t source;    // table: [tap][position], where the source is in a group's buffers, in kSourceUnit bytes
+  int32_t source;    // table: [tap][position], the source's offset into a group's buffers, in units of kSourceUnit
   int32_t position;  // table: the destination positions
   int32_t pad[3];
 };
 
-// One stage. Table fields are offsets, in elements of int32, into the index table.
+// A stage is a layer in one direction, the image, or the spreading of its gradient. Fields that say "table" are offsets
+// into the index table, in elements.
 struct alignas(16) Stage {
   StageKind kind;
   Epilogue epilogue;
-  int32_t activation;  // of kActivate; of the layer below for kGradient; of the last layer for kImage
+  int32_t activation;  // the layer's own for kActivate; the layer's below for kGradient; the last layer's for kImage
   float slope;
   int64_t source, destination;  // bytes into a group's buffers
   int32_t destination_positions;
   int32_t source_chunks, destination_chunks;
-  int32_t source_channels;  // unpadded, for kernels that need no padding
-  // kGemm
+  int32_t source_channels;  // without padding, most of which the float32 tiles skip
+  // of kGemm
   int64_t weights;  // bytes into the packed weights
   int32_t classes, class_count;
   int32_t chains;
-  int32_t bias, bias_stride;  // floats into the packed vectors; stride between positions, 0: the same at all
-  // kMap: forward reads from[destination]; backward sums over to[to_begin[p] .. to_begin[p + 1]).
-  // kReorder and kSpread: index[position][channel]: source position * channels + channel, or the pixel; or kNone.
+  int32_t bias, bias_stride;  // floats into the packed vectors; from position to position, 0 where all share one
+  // index, table. kMap forward: the source of each destination position. kMap backward: the readers of position p are
+  // numbers index_begin[p] to index_begin[p + 1]. kReorder and kSpread: for each position and padded channel the source
+  // position * padded channels + channel, or the pixel, or kNone. kImage: the offsets, in floats, of the sums that make
+  // pixel p, numbers index_begin[p] to index_begin[p + 1].
   int32_t index, index_begin;
-  int32_t scale, shift, scale_stride;  // floats into the packed vectors, as the bias
-  int32_t backward;
-  // kImage: pixel p is the bias plus sums[entry[begin[p]] .. entry[begin[p + 1]]), offsets in floats
-  int32_t pixels;
+  int32_t scale, shift, scale_stride;  // of kMap: floats into the packed vectors, as for the bias
+  int32_t backward;                    // whether it computes a gradient
+  int32_t pixels;                      // of kImage
   int32_t pad[2];
 };
 
-// A stage and its first classes, as they are brought to shared memory.
+// A stage with its first classes, as kernels bring it to shared memory.
 struct alignas(16) StageRecord {
   Stage stage;
   PositionClass classes[kStagedClasses];
 };
 
-// What tells which set of kernel elements a number of a packed matrix sums.
+// What decides which set of kernel elements a number of a packed matrix sums.
 enum class SetFrom : int32_t {
-  kMatrix,  // its matrix
-  kRow,     // its row (row_set): columns forward
-  kColumn,  // its column (column_set): columns backward
+  kMatrix,  // the matrix that it is in
+  kRow,     // its row (row_set): the last layer's columns, forward
+  kColumn,  // its column (column_set): the last layer's columns, backward
 };
 
 // What packing does for one stage: which elements of which parameter make up its matrices.
 struct alignas(16) Pack {
-  int64_t weights;                    // bytes, destination
-  int64_t elements;                   // to write
-  int32_t weight;                     // parameter
-  int32_t matrices, rows, columns;    // padded: destination channels, source channels
-  int32_t row_offset, column_offset;  // tables: element offset in the parameter, kNone for padding
-  int32_t row_norm, column_norm;      // tables: index into the norm's vectors, kNone where the other one has it
+  int64_t weights;                    // where the matrices begin, bytes into the packed weights
+  int64_t elements;                   // how many numbers are written
+  int32_t weight;                     // the parameter's number
+  int32_t matrices, rows, columns;    // rows are destination channels, columns source channels, both padded
+  int32_t row_offset, column_offset;  // tables: offset of elements in the parameter, kNone for padding
+  int32_t row_norm, column_norm;      // tables: index into the norm's vectors, kNone where the other side has it
   SetFrom set_from;
-  int32_t row_set, column_set;
-  int32_t set_begin, set_taps, set_norm;
-  int32_t mean, var, gamma;  // parameters of the norm, kNone: no norm
+  int32_t row_set, column_set;            // tables: the set of each row or column, where set_from says so
+  int32_t set_begin, set_taps, set_norm;  // tables: a set's first element, the elements' offsets, a set's norm index
+  int32_t mean, var, gamma;               // numbers of the norm's parameters, kNone where there is no norm
   float eps;
   int32_t pad[2];
 };
 
 // What a packed vector holds.
 enum class VectorKind : int32_t {
-  kBias,   // biases, a norm folded into them
-  kScale,  // a norm's scales
-  kShift,  // and its shifts
+  kBias,   // a layer's biases, with the norm folded into them
+  kScale,  // the scales of a norm that stands alone
+  kShift,  // the shifts of a norm that stands alone
 };
 
 // What packing does for one of the packed vectors.
 struct alignas(16) PackVector {
-  int32_t destination, count;  // floats
-  int32_t element;             // table: index into the bias parameter, kNone for padding (then `fill`)
-  int32_t norm;                // table: index into the norm's vectors
-  int32_t bias, mean, var, gamma, beta;
+  int32_t destination, count;            // floats into the packed vectors
+  int32_t element;                       // table: index into the bias parameter, kNone for padding (then `fill`)
+  int32_t norm;                          // table: index into the norm's vectors
+  int32_t bias, mean, var, gamma, beta;  // numbers of parameters, kNone where there is none
   VectorKind kind;
   float eps, fill;
 };
 
+// The tables begin with this.
 struct alignas(16) Header {
-  int64_t stages, packs, vectors, classes, index;  // bytes into the blob; stages: StageRecord
-  int32_t forward_stages, all_stages;              // kImage is the last of the forward ones
+  int64_t stages, packs, vectors, classes, index;  // where each table begins, in bytes; that of stages has StageRecords
+  int32_t forward_stages, all_stages;              // the image is the last of the forward ones
   int32_t pack_count, vector_count;
-  int64_t group_bytes;              // of one group's buffers
-  int64_t latent, velocity, image;  // bytes into them: float32 [k][8], [k][8], [pixel][8]
-  int64_t zero;                     // and of the zeros that stand for missing sources, zero_bytes of them
+  int64_t group_bytes;              // the size of one group's buffers
+  int64_t latent, velocity, image;  // bytes into the buffers: float32 [k][8], float32 [k][8], [pixel][8]
+  int64_t zero;                     // bytes into the buffers: zero_bytes of zeros, which stand for missing sources
   int32_t zero_bytes;
   int32_t latent_size, latent_chunks, pixels;
-  float gradient_scale;  // 2 / pixels: of the mean squared error, applied at the update
+  float gradient_scale;  // 2 / pixels, the mean's factor of the squared error, applied at the update
   int32_t pad[3];
 };
 
+// A plan compiled for one precision (enqueue.h says what it depends on).
 class Program {
  public:
   Program(const Plan& plan, const std::vector<int64_t>& elements, Precision precision);
@@ -134,6 +139,7 @@ class Program {
   Plan plan;
   Precision precision;
   Header header{};
+  // Layer by layer forward, the image, the spreading of its gradient, layer by layer backward from the last one.
   std::vector<Stage> stages;
   std::vector<Pack> packs;
   std::vector<PackVector> vectors;
@@ -142,9 +148,15 @@ class Program {
   int64_t weight_bytes = 0, vector_floats = 0;
   // This program's tables, then those of `exact` where there is one.
   std::vector<char> tables;
-  // Of a precision with fewer than 32 bits: evaluates the final error and decodes.
+  // The same plan in float32, which evaluates the final error and decodes; null where this is float32 already.
   std::shared_ptr<const Program> exact;
 
+  // The stages by name.
+  const Stage& forward(int layer) const { return stages[size_t(layer)]; }
+  const Stage& image() const { return stages[size_t(layers())]; }
+  const Stage& backward(int layer) const { return stages[size_t(2 * layers() + 1 - layer)]; }
+
+  int layers() const { return int(plan.layers.size()); }
   int element_bytes() const { return precision == Precision::kFloat32 ? 4 : 2; }
   const Program& float32() const { return exact ? *exact : *this; }
 };

@@ -1,5 +1,6 @@
 // A projection as a sequence of kernel launches, written against an abstract device: the CUDA one (cuda_device.cu) or
-// the CPU execution (execution/driver.cpp). So the whole path from a call's arguments to the last error is tested without a GPU.
+// the CPU execution (execution/driver.cpp). So the whole path from a call's arguments to the last error is tested
+// without a GPU.
 #pragma once
 
 #include "program.h"

@@ -64,7 +64,8 @@ class Bug:
     found: tuple[str, ...]
 
 
-FUSED, LAYERED, GEMM, PACKING = "fused.h", "layered.h", "gemm.h", "packing.h"
+FUSED, CONVOLUTION, LAYERED = "fused.h", "fused_convolution.h", "layered.h"
+GEMM, PACKING = "gemm.h", "packing.h"
 BUGS = [
     # fused
     Bug(
@@ -93,7 +94,7 @@ BUGS = [
     ),
     Bug(
         "last chunks skipped",
-        FUSED,
+        CONVOLUTION,
         "chunk < kChunks; chunk += kUnrolled",
         "chunk < kChunks - kUnrolled * PLANTED; chunk += kUnrolled",
         "fused",
@@ -101,7 +102,7 @@ BUGS = [
     ),
     Bug(
         "the next chunk's source",
-        FUSED,
+        CONVOLUTION,
         "source[i] = source_at(tap, i) + lane * 16;",
         "source[i] = source_at(tap, i) + lane * 16 + PLANTED * Storage<S>::kBlockBytes;",
         "fused",
@@ -336,7 +337,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> on_cpu.Kernels:
     """Returns the kernels with every bug in them, all switched off."""
     folder = tmp_path_factory.mktemp("planted")
     shutil.copytree(CSRC, folder / "csrc")
-    for file in (FUSED, LAYERED, GEMM, PACKING):
+    for file in (FUSED, CONVOLUTION, LAYERED, GEMM, PACKING):
         path = folder / "csrc" / "cuda" / file
         path.write_text(_plant(file, path.read_text()))
     # One fused geometry is enough, and compiles three times as fast.
