@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             }
         else:
             result["parts"][part.name] = run_part(part, budget)
-        parts.write(args.json, result)
+        parts.files.write_json(args.json, result, indent=1)
     print(table(result))
     failed = [name for name, found in result["parts"].items() if found["outcome"] == "failed"]
     for name in failed:

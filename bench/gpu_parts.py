@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from defgan_fast import files
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).resolve().with_name("gpu_check.py")
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 FOLDER = "python_tests/kernels_cuda"
 CORRECTNESS, OP_TESTS = f"{FOLDER}/test_correctness.py", f"{FOLDER}/test_cuda.py"
 
@@ -39,7 +40,7 @@ class Findings(dict):  # type: ignore[type-arg]
         self.end = time.monotonic() + budget
 
     def save(self) -> None:
-        write(self.path, dict(self))
+        files.write_json(self.path, dict(self), indent=1)
 
     def expect(self, true: bool, what: str) -> None:
         if not true:
@@ -50,14 +51,6 @@ class Findings(dict):  # type: ignore[type-arg]
     def left(self) -> float:
         """Returns the seconds of the budget that remain."""
         return self.end - time.monotonic()
-
-
-def write(path: Path, what: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(what, indent=1) + "\n")
-    partial.replace(path)
 
 
 def output_of(command: list[str], timeout: float = 60) -> str:

@@ -19,8 +19,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import defgan_fast as dg
 from defgan_fast.attacks import fgsm
+from defgan_fast.evaluation.transfer import EPSILON
 
-EPSILON = 0.3
 SURE = 0.99
 
 

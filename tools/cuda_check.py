@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -79,10 +78,10 @@ class Unit:
     failures: list[str]  # that belong to no function: errors and warnings
 
 
-def build_settings() -> ModuleType:
-    """Loads `defgan_fast/kernels/build.py` by its path: importing the package would import torch."""
-    path = ROOT / "defgan_fast" / "kernels" / "build.py"
-    spec = importlib.util.spec_from_file_location("defgan_fast_build", path)
+def part_of_package(path: str) -> ModuleType:
+    """Loads one file of `defgan_fast/` by its path: importing the package would import torch."""
+    name = "defgan_fast_" + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / "defgan_fast" / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -290,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
-    build = build_settings()
+    build = part_of_package("kernels/build.py")
     home = build.cuda_home()
     version = build.nvcc_version(home) if home else None
     if version is None:
@@ -334,10 +333,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cuda-check: {line}", file=sys.stderr)
     result = {"cuda": version, "flags": build.NVCC_FLAGS, "seconds": round(seconds, 1), "failures": failures}
     result["units"] = [asdict(unit) for unit in units]
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.json.with_name(args.json.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(args.json)
+    part_of_package("files.py").write_json(args.json, result, indent=1)
     return 1 if failures or not kernels else 0
 
 
