@@ -5,8 +5,9 @@ Both answer the same three questions, so that what surrounds them is written onc
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor, nn
 
 from . import gradients, precisions, reference
 from .kernels import ops
-from .plan import Plan
+from .plan import Plan, structure_of
 from .reference import Descent
 
 WORKING_BYTES = 200_000_000
 """What a projection's working memory may take where nobody names `max_rows`."""
+
+
+_DECODED = 2
+_decoded: list[tuple[tuple[object, ...], Tensor]] = []
+"""The images of candidates that the reference path has decoded last, with the state that they depend on."""
 
 
 class Descended(NamedTuple):
@@ -40,6 +46,10 @@ class Path(Protocol):
 
     def descend(self, images: Tensor, start: Tensor, descent: Descent) -> Descended:
         """Projects images [B, C, H, W] from starting points [R, k] or [B, R, k]."""
+        ...
+
+    def nearest(self, images: Tensor, candidates: Tensor, restarts: int, draws: Tensor | None) -> Tensor:
+        """Returns which candidates [N, k] have the images nearest to each image, [B, R]; see `reference.nearest`."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -94,6 +104,10 @@ class KernelPath:
             return Descended(*ops.project_keeping(*arguments, keep))
         return Descended(*ops.project(*arguments), None)
 
+    def nearest(self, images: Tensor, candidates: Tensor, restarts: int, draws: Tensor | None) -> Tensor:
+        images, candidates = _single(images.detach()), _single(candidates)
+        return ops.nearest(images, candidates, self.parameters, self.plan, restarts, draws)
+
     def decode(self, latents: Tensor) -> Tensor:
         return ops.decode(latents, self.parameters, self.plan, self.max_rows)
 
@@ -146,6 +160,25 @@ class ReferencePath:
         return Descended(*found)
 
     @torch.no_grad()
+    def nearest(self, images: Tensor, candidates: Tensor, restarts: int, draws: Tensor | None) -> Tensor:
+        return reference.nearest(images, self._images_of_candidates(candidates), restarts, draws)
+
+    def _images_of_candidates(self, candidates: Tensor) -> Tensor:
+        """Returns the images of candidates [N, k], which are decoded once for each state of the generator."""
+        global _decoded
+        tensors = (*self.generator.parameters(), *self.generator.buffers(), candidates)
+        state = (structure_of(self.generator), self.layers, _content_of(tensors))
+        for known, images in _decoded:
+            if known == state:
+                return images
+        with torch.inference_mode(False):
+            parts = [self._decoder(part.to(self.dtype)) for part in candidates.split(self.max_rows)]
+            images = torch.cat(parts)
+        # Threads and forked workers may do so at the same time: a list takes the place of another in one step.
+        _decoded = [(state, images), *_decoded][:_DECODED]
+        return images
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         if not len(latents):  # many modules refuse an empty batch
             return latents.new_empty(0, *self.image_shape)
@@ -179,3 +212,12 @@ def _single(tensor: Tensor) -> Tensor:
 def dtype_of(generator: nn.Module) -> torch.dtype | None:
     """Returns the dtype of a generator's parameters, None where it has none that are floating point."""
     return next((p.dtype for p in generator.parameters() if p.is_floating_point()), None)
+
+
+def _content_of(tensors: Iterable[Tensor]) -> tuple[object, ...]:
+    """Returns a value that differs where a tensor's device, dtype, shape or content does."""
+    found: list[object] = []
+    for tensor in tensors:
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        found += (tensor.device, tensor.dtype, tensor.shape, hashlib.blake2b(content).digest())
+    return tuple(found)

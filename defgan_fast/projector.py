@@ -6,27 +6,21 @@ for each call the precision, the starting points and how the gradient flows; the
 
 from __future__ import annotations
 
-import itertools
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import arguments, gradients, inputs, precisions, reference, starts
+from . import arguments, gradients, inputs, origins, reference, starts
 from .kernels import extension, ops
+from .origins import Origin
 from .paths import KernelPath, Path, ReferencePath
-from .plan import LoweringError, Plan, activations, latent_size_of, lower, structure_of, takes_maps
-from .plan.latents import check_takes_latents_alone, failure_of
-
-_PRECISIONS = ("auto", *precisions.ALL)
-_GRADIENTS = ("straight_through", "unrolled", "none")
-_BACKENDS = ("auto", "cpu", "cuda", "reference")
-
-# Sizes beyond every use; what follows from them must not be allocated before somebody notices a slip.
-MOST_STEPS = 1_000_000
-MOST_RESTARTS = 65_536
-MOST_ROWS = 2**31 - 1
+from .plan import LoweringError, Plan, latent_size_of, lower, structure_of, takes_maps
+from .plan.activations import range_of_last
+from .plan.latents import LARGEST, check_takes_latents_alone, failure_of, failure_with
+from .settings import Settings
 
 
 class Projection(NamedTuple):
@@ -37,7 +31,9 @@ class Projection(NamedTuple):
         latents: z*, [B, k].
         errors: mean squared error of the chosen restart, [B], float32 (float64 for float64 generators).
         restarts: index of the chosen restart, [B], int64. (`Projector.restarts` is a count.)
-        all_errors: final error of every restart, [B, R].
+        all_errors: final error of every restart, [B, R]; of one that `keep` dropped the error where it stopped.
+        every_image: the reconstructions of all restarts, [B, R, C, H, W], with the same gradient as `images`; None
+            unless they were asked for.
     """
 
     images: Tensor
@@ -45,21 +41,34 @@ class Projection(NamedTuple):
     errors: Tensor
     restarts: Tensor
     all_errors: Tensor
+    every_image: Tensor | None = None
 
 
-class Projector(nn.Module):
+class Projector(Settings):
     """Projects images onto the range of a generator (Defense-GAN, Samangouei, Kabkab, Chellappa, ICLR 2018, eq. 8).
 
     Args:
         generator: any `nn.Module` that maps latents [N, k] (or [N, k, 1, 1]) to images [N, C, H, W]; held, not
             copied, and put in eval mode. Without a lowering it runs on the reference path, with one warning.
-        steps: L, gradient steps on the latent.
+        latent_size: k, for a generator that does not tell it.
+        steps: L, gradient steps on the latent; 0 is allowed with `starts="nearest"`.
         restarts: R, the count of starting points of every image. (`Projection.restarts` is an index below it.)
         lr: learning rate on the mean squared error; the released code's 10 suits the shipped generators.
         momentum: of the heavy ball, in [0, 1).
         lr_decay: factor on the learning rate from step ceil(decay_at * steps) on.
         decay_at: see `lr_decay`, in [0, 1].
         seed: an int makes starting point r a function of (seed, r) alone; None draws fresh ones per image and call.
+        starts: "random", the paper's N(0, I / k), or "nearest": the R of `candidates` whose images are nearest to the
+            image, a function of (image, seed, candidates) alone. With `seed=None` a fresh random half of the
+            candidates (those of seed 0) takes part for each image.
+        start_std: standard deviation of the random draws; None: 1 / sqrt(k) for starting points, 1 for candidates.
+        candidates: how many latents are drawn from N(0, I) and decoded once, or latents [N, k] of one's own, which
+            are copied. Their decoded images take at most 200 MB; of larger ones fewer candidates are used, with a
+            warning.
+        radius: the norm to which the latent is scaled at the start and after every step, in (0, 1e18], "auto" for
+            sqrt(k), None: free.
+        keep: pairs (step, rows): after that many steps only that many restarts of each image, those of least error,
+            go on. Steps ascend below `steps`, rows descend below `restarts`. None: all take all steps.
         precision: "auto" (what autocast says, else float32 on the CPU and float16 on CUDA), "float32", "bfloat16"
             or "float16".
         gradient: "straight_through" (identity backward), "unrolled" (through all steps) or "none" (backward raises).
@@ -80,6 +89,7 @@ class Projector(nn.Module):
         self,
         generator: nn.Module,
         *,
+        latent_size: int | None = None,
         steps: int = 200,
         restarts: int = 10,
         lr: float = 10.0,
@@ -87,6 +97,11 @@ class Projector(nn.Module):
         lr_decay: float = 0.1,
         decay_at: float = 0.8,
         seed: int | None = 0,
+        starts: str = "random",
+        start_std: float | None = None,
+        candidates: int | Tensor = 8192,
+        radius: float | str | None = None,
+        keep: Sequence[tuple[int, int]] | None = None,
         precision: str = "auto",
         gradient: str = "straight_through",
         backend: str = "auto",
@@ -96,27 +111,36 @@ class Projector(nn.Module):
         super().__init__()
         if not isinstance(generator, nn.Module):
             raise TypeError(f"generator must be a torch.nn.Module, got {type(generator).__name__}")
-        self.steps = arguments.count("steps", steps, most=MOST_STEPS)
-        self.restarts = arguments.count("restarts", restarts, most=MOST_RESTARTS)
-        self.lr = arguments.number("lr", lr, above=0)
-        self.momentum = arguments.number("momentum", momentum, least=0, below=1)
-        self.lr_decay = arguments.number("lr_decay", lr_decay, above=0)
-        self.decay_at = arguments.number("decay_at", decay_at, least=0, most=1)
-        self.seed = arguments.seed(seed)
-        self.precision = arguments.choice("precision", precision, _PRECISIONS)
-        self.gradient = arguments.choice("gradient", gradient, _GRADIENTS)
-        self.backend = arguments.choice("backend", backend, _BACKENDS)
-        self.max_rows = None if max_rows is None else arguments.count("max_rows", max_rows, most=MOST_ROWS)
-        self.validate = validate
         self.generator = generator.eval()
         check_takes_latents_alone(generator)
-        self._warned = False
+        self._set(
+            steps=steps,
+            restarts=restarts,
+            lr=lr,
+            momentum=momentum,
+            lr_decay=lr_decay,
+            decay_at=decay_at,
+            seed=seed,
+            starts=starts,
+            start_std=start_std,
+            candidates=candidates,
+            radius=radius,
+            keep=keep,
+            precision=precision,
+            gradient=gradient,
+            backend=backend,
+            max_rows=max_rows,
+            validate=validate,
+        )
+        self._given_size = latent_size
+        if latent_size is not None:
+            self._given_size = arguments.count("latent_size", latent_size, most=LARGEST)
+        self._warned = self._warned_of_fewer = False
         self._read_generator()
 
     def _read_generator(self) -> None:
         """Finds out all that depends on the generator's structure and on the backend."""
-        backend = arguments.choice("backend", self.backend, _BACKENDS)
-        missing = None
+        backend, missing = self.backend, None
         if backend == "cuda":
             missing = ops.missing_cuda()
         elif backend == "cpu" and not ops.kernels_available:
@@ -124,16 +148,16 @@ class Projector(nn.Module):
         if missing is not None:
             raise RuntimeError(f'backend "{backend}" is not available: {missing}')
         generator = self.generator
-        self.latent_size = latent_size_of(generator)
+        self.latent_size = latent_size_of(generator) if self._given_size is None else self._given_size
+        if self._given_size is not None and (failure := failure_with(generator, self._given_size)):
+            raise ValueError(f"latent_size must be one that the generator takes: {failure}")
         self._takes_maps = self.latent_size is not None and takes_maps(generator, self.latent_size)
         self._plan, self._reason, self._range = self._lower()
         self._read = (backend, structure_of(generator))
-        # Not a buffer: converting the module's dtype must not round them, and they are not state.
-        self._starts: Tensor | None = None
-        self._starts_of = (self.seed, self.restarts)
-        if self.seed is not None and self.latent_size is not None:
-            points = starts.starting_points(self.seed, self.restarts, self.latent_size)
-            self._starts = points.to(self._device())
+        # Not buffers: converting the module's dtype must not round them, and they are not state.
+        self._latents: Tensor | None = None
+        self._latents_of: Origin | None = None
+        self._draw()
 
     def _lower(self) -> tuple[Plan | None, str, tuple[float, float] | None]:
         """Returns the plan that kernels run, or None and why; and the range of the generator's pixels where known."""
@@ -144,7 +168,7 @@ class Projector(nn.Module):
         except LoweringError as error:
             if self.backend in ("cpu", "cuda"):
                 raise
-            return None, str(error), _sequential_range(self.generator)
+            return None, str(error), range_of_last(self.generator)
         if self.backend == "reference":
             return None, "the reference backend was asked for", plan.output_range
         if not ops.kernels_available:
@@ -161,8 +185,21 @@ class Projector(nn.Module):
 
         A compiled or exported graph is a snapshot by nature, and is not asked.
         """
-        if not torch.compiler.is_compiling() and self._read != (self.backend, structure_of(self.generator)):
+        if torch.compiler.is_compiling():
+            return
+        if self._checked != self._all_settings():
+            self._check_settings()
+        if self._read != (self.backend, structure_of(self.generator)):
             self._read_generator()
+        else:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Draws the latents that the projector's own seed gives, unless they are at hand."""
+        origin = self._origin(self.seed)
+        if origin is not None and origin != self._latents_of:
+            self._latents = origin.draw().to(self._device() or "cpu")
+            self._latents_of = origin
 
     # --- what users see ---------------------------------------------------------------------------------
 
@@ -180,13 +217,18 @@ class Projector(nn.Module):
         """Returns the projections of images [B, C, H, W], same shape, dtype and device; raises as `project` does."""
         return self.project(images).images
 
-    def project(self, images: Tensor, z0: Tensor | None = None, seed: int | None = None) -> Projection:
+    def project(
+        self, images: Tensor, z0: Tensor | None = None, seed: int | None = None, every: bool = False
+    ) -> Projection:
         """Returns the whole result for a batch.
 
         Args:
             images: [B, C, H, W] float32, bfloat16, float16 or float64, in the generator's range; B may be 0.
-            z0: starting points, [R, k] (shared by all images) or [B, R, k]; None: from the seed.
+            z0: starting points, [R, k] (shared by all images) or [B, R, k]; None: as `starts` and the seed say. It
+                must be None with `starts="nearest"`.
             seed: instead of the projector's own for this call.
+            every: whether the reconstructions of all restarts are returned, too. The straight-through gradient of an
+                image is then the sum of those of its reconstructions, each by the identity.
 
         Returns:
             A `Projection`.
@@ -200,24 +242,31 @@ class Projector(nn.Module):
         seed = arguments.seed(seed)
         if any(module.training for module in self.generator.modules()):
             self.generator.eval()
-        start = self._start(images, z0, self.seed if seed is None else seed)
-        rates = reference.learning_rates(self.steps, self.lr, self.lr_decay, self.decay_at)
-        descent = reference.Descent(rates, self.momentum)
-        path = self._path(images, start)
+        latents = self._drawn(images, z0, self.seed if seed is None else seed)
+        path = self._path(images, latents)
+        start = latents
+        if z0 is None and self.starts == "nearest":
+            fresh = self.seed is None and seed is None
+            start = self._nearest(path, images, latents, origins.fresh_draws(images) if fresh else None)
+        descent = self._descent(start.shape[-1])
         latents, errors, steps = path.descend(images, start, descent)
+        if start.dim() == 2:
+            start = start.expand(images.shape[0], -1, -1)
         chosen = reference.best_restarts(errors)
-        best = _pick(latents, chosen)
-        reconstruction = path.decode(best).to(images.dtype)
-        if images.requires_grad and torch.is_grad_enabled():
-            if self.gradient == "straight_through":
-                reconstruction = gradients.straight_through(images, reconstruction)
-            elif self.gradient == "none":
-                reconstruction = gradients.no_gradient(images, reconstruction)
-            else:
-                z0 = start[chosen] if start.dim() == 2 else _pick(start, chosen)
-                taken = None if steps is None else _pick(steps, chosen)
-                reconstruction = path.unrolled(images, reconstruction, z0, descent, taken)
-        return Projection(reconstruction, best, _pick(errors, chosen), chosen, errors)
+        best, begun = _pick(latents, chosen), _pick(start, chosen)
+        every_image = None
+        if every:
+            decoded = path.decode(latents.flatten(0, 1)).to(images.dtype)
+            repeated = images.repeat_interleave(errors.shape[1], 0)
+            taken = None if steps is None else steps.flatten()
+            every_image = self._tie(path, repeated, decoded, descent, start.flatten(0, 1), taken)
+            every_image = every_image.unflatten(0, errors.shape)
+            reconstruction = _pick(decoded.unflatten(0, errors.shape), chosen)
+        else:
+            reconstruction = path.decode(best).to(images.dtype)
+        taken = None if steps is None else _pick(steps, chosen)
+        reconstruction = self._tie(path, images, reconstruction, descent, begun, taken)
+        return Projection(reconstruction, best, _pick(errors, chosen), chosen, errors, every_image)
 
     def precision_for(self, images: Tensor) -> str:
         """Returns the precision that a call with these images would use: one of `precisions.ALL`, or "float64"."""
@@ -244,11 +293,33 @@ class Projector(nn.Module):
         self.generator.eval()
         return self
 
-    def extra_repr(self) -> str:
-        return (
-            f"steps={self.steps}, restarts={self.restarts}, lr={self.lr}, momentum={self.momentum}, seed={self.seed}, "
-            f"precision={self.precision!r}, gradient={self.gradient!r}, backend={self.backend!r}"
-        )
+    # --- the steps of a call ----------------------------------------------------------------------------
+
+    def _tie(
+        self,
+        path: Path,
+        images: Tensor,
+        reconstruction: Tensor,
+        descent: reference.Descent,
+        z0: Tensor,
+        steps: Tensor | None,
+    ) -> Tensor:
+        """Returns reconstructions with the gradient that `gradient` promises: images, z0 [N, k] and steps [N] of each.
+
+        steps is None where all rows take all steps.
+        """
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            return reconstruction
+        if self.gradient == "straight_through":
+            return gradients.straight_through(images, reconstruction)
+        if self.gradient == "none":
+            return gradients.no_gradient(images, reconstruction)
+        return path.unrolled(images, reconstruction, z0, descent, steps)
+
+    def _nearest(self, path: Path, images: Tensor, candidates: Tensor, draws: Tensor | None) -> Tensor:
+        """Returns the starting points of each image, [B, R, k]: the candidates whose images are nearest to it."""
+        used = self._fitting(images.shape[1:])
+        return candidates[path.nearest(images, candidates[:used], self.restarts, draws)]
 
     # --- the two paths ----------------------------------------------------------------------------------
 
@@ -295,18 +366,19 @@ class Projector(nn.Module):
                 f'images must be on a {self.backend} device with backend="{self.backend}", got {images.device}'
             )
         if z0 is not None:
+            if self.starts == "nearest":
+                raise ValueError('z0 must be None with starts="nearest", which finds starting points itself')
             inputs.check_z0(z0, images, self.latent_size, self.restarts)
 
     # --- small things -----------------------------------------------------------------------------------
 
-    def _device(self) -> torch.device | None:
-        tensors = itertools.chain(self.generator.parameters(), self.generator.buffers())
-        return next((tensor.device for tensor in tensors), None)
-
     def _apply(self, fn: Any, recurse: bool = True) -> Projector:
         super()._apply(fn, recurse)
-        if self._starts is not None:
-            self._starts = self._starts.to(self._device() or self._starts.device)
+        device = self._device()
+        if device is not None:
+            self._latents = None if self._latents is None else self._latents.to(device)
+        if isinstance(self.candidates, Tensor):
+            self._check_settings()
         return self
 
     def _is_double(self) -> bool:
@@ -322,29 +394,53 @@ class Projector(nn.Module):
             return f"no CUDA kernels for {device}: {ops.missing_cuda() or 'its architecture is too old'}"
         return None if device.type in ("cpu", "cuda") else f"no kernels for {device.type} devices"
 
-    def _start(self, images: Tensor, z0: Tensor | None, seed: int | None) -> Tensor:
+    def _origin(self, seed: int | None) -> Origin | None:
+        """Returns what the latents of a seed depend on; None where none are drawn by a seed."""
+        k, shape = self.latent_size, None if self._plan is None else self._plan.image_shape
+        if self.starts == "nearest":
+            count = self._fitting(shape)
+            if self._own_candidates is not None or k is None:
+                return None
+            return Origin("nearest", seed or 0, count, k, self.start_std, self._radius(k))
+        if seed is None or k is None:
+            return None
+        return Origin("random", seed, self.restarts, k, self.start_std, 0.0)
+
+    def _fitting(self, image_shape: Sequence[int] | None) -> int:
+        """Returns how many candidates are used for images of a shape, None where it is not known yet."""
+        own, given = self._own_candidates, self.candidates
+        if own is not None and self.latent_size not in (None, own.shape[1]):
+            raise ValueError(f"candidates must have shape [N, {self.latent_size}], got {list(own.shape)}")
+        count = len(given) if isinstance(given, Tensor) else given
+        used = origins.that_fit(count, image_shape, self.restarts)
+        if used < count and not self._warned_of_fewer and not torch.compiler.is_compiling():
+            self._warned_of_fewer = True
+            warnings.warn(
+                f"candidates: {used} of {count} are used, whose decoded images take 200 MB", stacklevel=5
+            )
+        return used
+
+    def _drawn(self, images: Tensor, z0: Tensor | None, seed: int | None) -> Tensor:
+        """Returns the starting points of a call, [R, k] or [B, R, k], or the candidates for them, [N, k]."""
         if z0 is not None:
             return z0
+        if self.starts == "nearest" and self._own_candidates is not None:
+            return self._own_candidates
         if self.latent_size is None:
-            raise ValueError(f"{self._no_latent_size()}: pass z0, or give it an attribute latent_size")
-        if seed is None:
-            return starts.fresh(images.shape[0], self.restarts, self.latent_size, images.device)
-        kept = self._starts
-        if kept is not None and (seed, self.restarts) == self._starts_of:
-            return kept
-        return starts.seeded(seed, self.restarts, self.latent_size).to(images.device)
+            raise ValueError(
+                f"{self._no_latent_size()}: pass z0 or latent_size, or give it such an attribute"
+            )
+        origin = self._origin(seed)
+        if origin is None:
+            return starts.fresh(
+                images.shape[0], self.restarts, self.latent_size, images.device, self.start_std
+            )
+        if origin == self._latents_of and self._latents is not None:
+            return self._latents
+        return origin.draw_in_graph().to(images.device)
 
 
 def _pick(values: Tensor, restarts: Tensor) -> Tensor:
     """Returns values [B, R, ...] at restarts [B], as [B, ...]."""
     index = restarts.view(-1, *(1,) * (values.dim() - 1)).expand(-1, 1, *values.shape[2:])
     return values.gather(1, index).squeeze(1)
-
-
-def _sequential_range(generator: nn.Module) -> tuple[float, float] | None:
-    """Returns the interval of a plain stack's pixels where its last layer bounds them, None for any other module."""
-    last: nn.Module = generator
-    while isinstance(last, nn.Sequential) and len(last):
-        last = last[-1]
-    name = activations.OF_MODULE.get(type(last))
-    return None if name is None else activations.ACTIVATIONS[name].output_range

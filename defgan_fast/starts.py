@@ -23,40 +23,43 @@ def normals(source: np.random.Philox, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([length * np.cos(angle), length * np.sin(angle)], 1)[:, :columns]
 
 
-def starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
-    """Returns the first latents of every restart, [R, k] float32 from N(0, I / k).
+def starting_points(seed: int, restarts: int, latent_size: int, std: float | None = None) -> Tensor:
+    """Returns the first latents of every restart, [R, k] float32 from N(0, std^2 I); None: N(0, I / k).
 
-    Row r is a function of (seed, r) and k alone: numbers come from Philox and a Box-Muller transform in float64, so
-    that they are the same on every machine and in every version of torch and numpy, and restart r is the same
+    Row r is a function of (seed, r), k and std alone: numbers come from Philox and a Box-Muller transform in float64,
+    so that they are the same on every machine and in every version of torch and numpy, and restart r is the same
     whatever R is.
     """
     points = np.empty((restarts, latent_size))
     for restart in range(restarts):
-        points[restart] = normals(philox(seed, restart), 1, latent_size)[0] / math.sqrt(latent_size)
-    return torch.from_numpy(points).float()
+        points[restart] = normals(philox(seed, restart), 1, latent_size)[0]
+    return torch.from_numpy(points / math.sqrt(latent_size) if std is None else points * std).float()
 
 
 @torch.library.custom_op("defgan_fast::starting_points", mutates_args=())
-def _starting_points(seed: int, restarts: int, latent_size: int) -> Tensor:
-    return starting_points(seed, restarts, latent_size)
+def _starting_points(seed: int, restarts: int, latent_size: int, std: float | None = None) -> Tensor:
+    return starting_points(seed, restarts, latent_size, std)
 
 
 @_starting_points.register_fake
-def _(seed: int, restarts: int, latent_size: int) -> Tensor:
+def _(seed: int, restarts: int, latent_size: int, std: float | None = None) -> Tensor:
     return torch.empty(restarts, latent_size, dtype=torch.float32, device="cpu")
 
 
-def seeded(seed: int, restarts: int, latent_size: int) -> Tensor:
-    """Returns `starting_points` by way of an operator, so that torch.compile and torch.export take the call as it is.
+def signed(seed: int) -> int:
+    """Returns the seed's last 64 bits as an operator's integer has them; draws depend on no others."""
+    return (seed + 2**63) % 2**64 - 2**63
 
-    The seed may be any int: points depend on its last 64 bits, which are as many as an operator's integers have.
-    """
-    signed = (seed + 2**63) % 2**64 - 2**63
-    points: Tensor = torch.ops.defgan_fast.starting_points(signed, restarts, latent_size)
+
+def seeded(seed: int, restarts: int, latent_size: int, std: float | None = None) -> Tensor:
+    """Returns `starting_points` by way of an operator, which torch.compile and torch.export take as it is."""
+    points: Tensor = torch.ops.defgan_fast.starting_points(signed(seed), restarts, latent_size, std)
     return points
 
 
-def fresh(images: int, restarts: int, latent_size: int, device: torch.device) -> Tensor:
-    """Returns new points of N(0, I / k) from torch's global random state for every image, [B, R, k] float32."""
-    shape = (images, restarts, latent_size)
-    return torch.randn(shape, dtype=torch.float32, device=device) / math.sqrt(latent_size)
+def fresh(
+    images: int, restarts: int, latent_size: int, device: torch.device, std: float | None = None
+) -> Tensor:
+    """Returns new points of N(0, std^2 I) from torch's global random state for every image, [B, R, k] float32."""
+    points = torch.randn((images, restarts, latent_size), dtype=torch.float32, device=device)
+    return points / math.sqrt(latent_size) if std is None else points * std

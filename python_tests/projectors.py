@@ -41,7 +41,15 @@ def make_projector(generator: nn.Module | None = None, **arguments) -> Projector
 
 
 def same(a: Projection, b: Projection) -> bool:
-    return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b, strict=True))
+    return all(
+        (x is None and y is None) or (torch.equal(x, y) and x.dtype == y.dtype)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def at(projection: Projection, index: slice | list[int]) -> Projection:
+    """Returns the projection of some of the images."""
+    return Projection(*(None if field is None else field[index] for field in projection))
 
 
 def one_line(caught: pytest.ExceptionInfo) -> str:

@@ -54,3 +54,12 @@ OF_FUNCTION: dict[Any, str] = {
     function: name for name, activation in ACTIVATIONS.items() for function in activation.functions
 }
 """The name of the activation that a function, or a tensor method of that name, means."""
+
+
+def range_of_last(generator: nn.Module) -> tuple[float, float] | None:
+    """Returns the interval of a plain stack's pixels where its last layer bounds them, None for any other module."""
+    last: nn.Module = generator
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    name = OF_MODULE.get(type(last))
+    return None if name is None else ACTIVATIONS[name].output_range

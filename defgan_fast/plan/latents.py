@@ -50,13 +50,21 @@ def probe_of(generator: nn.Module, latent_size: int) -> Tensor:
 def failure_of(generator: nn.Module) -> str | None:
     """Returns what happens with latents of the likeliest size, in one clause; None where nothing tells a size."""
     for size in _candidates(generator):
-        if not 0 <= size <= LARGEST:
-            return f"latents of {size} numbers are not tried, {LARGEST} at most"
-        try:
-            _outputs(generator, probe_of(generator, size))
-        except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
-            return f"with latents [3, {size}] it raises {type(error).__name__}: {line}"
+        return failure_with(generator, size)
+    return None
+
+
+def failure_with(generator: nn.Module, latent_size: int) -> str | None:
+    """Returns what happens with latents of a size, in one clause; None where the generator takes them in some form."""
+    if not 0 <= latent_size <= LARGEST:
+        return f"latents of {latent_size} numbers are not tried, {LARGEST} at most"
+    if _form_of(generator, latent_size) is not None:
+        return None
+    try:
+        _outputs(generator, probe_of(generator, latent_size))
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        return f"with latents [3, {latent_size}] it raises {type(error).__name__}: {line}"
     return None
 
 
