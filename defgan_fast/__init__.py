@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .candidates import sure_candidates
 from .detector import Detector
 from .plan import LoweringError
 from .projector import Projection, Projector
+from .vote import Vote
 
 if TYPE_CHECKING:
     from .weights import load_classifier, load_generator
@@ -17,9 +19,11 @@ __all__ = [
     "LoweringError",
     "Projection",
     "Projector",
+    "Vote",
     "__version__",
     "load_classifier",
     "load_generator",
+    "sure_candidates",
 ]
 
 
