@@ -111,6 +111,9 @@ def sure_candidates(
         >>> projector = Projector(generator, starts="nearest", candidates=sure, radius="auto")
     """
     count = arguments.count("count", count)
+    drawn_by = arguments.seed(seed)
+    if drawn_by is None:
+        raise TypeError("seed must be an int, got None")
     probability = arguments.number("probability", probability, above=0, below=1)
     start_std = arguments.number("start_std", start_std, above=0)
     most = 100 * count if most_draws is None else arguments.count("most_draws", most_draws, least=count)
@@ -126,7 +129,7 @@ def sure_candidates(
     classifier.eval()
     like = next(generator.parameters(), torch.empty(0))
     kept, found, drawn = [], 0, 0
-    for latents in _in_order(seed, most, k, start_std, norm):
+    for latents in _in_order(drawn_by, most, k, start_std, norm):
         latents = latents.to(like.device)
         likeliest = classifier(decode(latents.to(like.dtype))).float().softmax(1).amax(1)
         kept.append(latents[likeliest >= probability])

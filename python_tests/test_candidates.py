@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from defgan_fast.candidates import candidate_latents, candidates_that_fit
+from defgan_fast.candidates import candidate_latents, candidates_that_fit, sure_candidates
 from defgan_fast.starts import starting_points
 
 
@@ -62,3 +62,35 @@ def test_starting_points_keep_their_bits() -> None:
         for restarts, latent_size in ((1, 1), (10, 128), (33, 7), (3, 64), (10, 100)):
             digest.update(starting_points(seed, restarts, latent_size).numpy().tobytes())
     assert digest.hexdigest() == "967fc8b4ab3808c4dea401b71c616796b21bf15950e21428246a8dd2a9163f6b"
+
+
+class Sure(nn.Module):
+    """Sure where an image is bright, by the mean of its pixels."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        bright = images.flatten(1).mean(1)
+        return torch.stack([40 * (bright - 0.5), torch.zeros_like(bright)], 1)
+
+
+@pytest.mark.parametrize("radius", ["auto", None, 2.0])
+def test_sure_candidates_are_those_of_the_draw_that_the_classifier_is_sure_of(radius) -> None:
+    generator = nn.Sequential(nn.Linear(4, 9), nn.Sigmoid(), nn.Unflatten(1, (1, 3, 3)))
+    found = sure_candidates(generator, Sure(), 30, probability=0.9, seed=5, radius=radius)
+    drawn = candidate_latents(5, 3000, 4, radius=2.0 if radius is not None else None)
+    expected = drawn[Sure()(generator(drawn)).softmax(1).amax(1) >= 0.9]
+    assert torch.equal(found, expected[:30])
+    assert not torch.equal(found, drawn[:30]), "some must be left out"
+    fewer = sure_candidates(generator, Sure(), 7, probability=0.9, seed=5, radius=radius)
+    assert torch.equal(fewer, found[:7])
+
+
+def test_too_few_sure_candidates_are_an_error_of_one_line() -> None:
+    generator = nn.Sequential(nn.Linear(4, 9), nn.Sigmoid(), nn.Unflatten(1, (1, 3, 3)))
+    with pytest.raises(
+        ValueError, match=r"^count must be .* got 5: of 2048 draws it gives \d a probability"
+    ) as caught:
+        sure_candidates(generator, Sure(), 5, probability=1 - 1e-9, most_draws=2048)
+    assert "\n" not in str(caught.value)
+    for arguments in ({"count": 0}, {"probability": 1.0}, {"radius": -1.0}, {"most_draws": 3}, {"seed": 0.5}):
+        with pytest.raises((TypeError, ValueError), match=f"^{next(iter(arguments))} must "):
+            sure_candidates(generator, Sure(), **{"count": 5, **arguments})
