@@ -122,12 +122,13 @@ inline Tensor checked_parameter(const Tensor& parameter, const at::Device& devic
 
 // `low` and `high` are the least and the greatest pixel.
 inline void check_range(const Plan& plan, bool finite, float low, float high) {
-  TORCH_CHECK_VALUE(finite, "images must be finite");
+  constexpr const char* kOtherwise = " (with validate=False an image that is not shows it in its own errors)";
+  TORCH_CHECK_VALUE(finite, "images must be finite", kOtherwise);
   const Activation last = plan.layers.back().activation;
   if (last != Activation::kSigmoid && last != Activation::kTanh) return;
   const float from = last == Activation::kSigmoid ? 0.0f : -1.0f, tolerance = 0.01f * (1.0f - from);
   TORCH_CHECK_VALUE(low >= from - tolerance && high <= 1.0f + tolerance, "images must lie in the generator's range [",
-                    from, ", 1], got [", low, ", ", high, "]");
+                    from, ", 1], got [", low, ", ", high, "]", kOtherwise);
 }
 
 }  // namespace defgan

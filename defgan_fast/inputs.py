@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .finite import non_finite
 from .precisions import name_of
+
+# What attacks that meet one unusable image of a batch need to know.
+_OTHERWISE = " (with validate=False an image that is not shows it in its own errors)"
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -89,7 +94,7 @@ def check_values(images: Tensor, start: Tensor, bounds: tuple[float, float] | No
         ValueError: a value does not fit.
     """
     if not torch.isfinite(images).all():
-        raise ValueError("images must be finite")
+        raise ValueError(f"images must be finite{_OTHERWISE}")
     if not torch.isfinite(start).all():
         raise ValueError("z0 must be finite")
     if bounds is None or images.numel() == 0:
@@ -99,7 +104,32 @@ def check_values(images: Tensor, start: Tensor, bounds: tuple[float, float] | No
     if low < bounds[0] - slack or high > bounds[1] + slack:
         raise ValueError(
             f"images must lie in the generator's range [{bounds[0]:g}, {bounds[1]:g}], got [{low:g}, {high:g}]"
+            f"{_OTHERWISE}"
         )
+
+
+def check_generator(generator: nn.Module) -> None:
+    """Checks that a generator's parameters and buffers are finite.
+
+    Raises:
+        ValueError: one is not; the message names the first.
+    """
+    bad = non_finite(itertools.chain(generator.named_parameters(), generator.named_buffers()))
+    if bad is not None:
+        raise ValueError(f"generator {type(generator).__name__} must have finite weights, got {bad}")
+
+
+def check_errors(errors: Tensor, generator: nn.Module) -> None:
+    """Looks for weights that are not finite, which may have become so since construction, where errors are not.
+
+    A graph that is compiled, and a device that would have to be waited for, are not asked.
+
+    Raises:
+        ValueError: see :func:`check_generator`.
+    """
+    plain = not torch.compiler.is_compiling() and type(errors) is Tensor and errors.device.type == "cpu"
+    if plain and not torch.isfinite(errors).all():
+        check_generator(generator)
 
 
 def check_output(output: Any, name: str) -> Sequence[int]:

@@ -77,7 +77,8 @@ class Projector(Settings):
         validate: whether values are checked (finite, in the generator's range). None: on for CPU tensors.
 
     Raises:
-        ValueError: an argument is out of its range, or `backend` names a kernel that cannot take the generator.
+        ValueError: an argument is out of its range, a weight is not finite, or `backend` names a kernel that cannot
+            take the generator.
         TypeError: `generator` is no module.
         RuntimeError: `backend` names a kernel that is not available here.
 
@@ -113,6 +114,7 @@ class Projector(Settings):
             raise TypeError(f"generator must be a torch.nn.Module, got {type(generator).__name__}")
         self.generator = generator.eval()
         check_takes_latents_alone(generator)
+        inputs.check_generator(generator)
         self._set(
             steps=steps,
             restarts=restarts,
@@ -250,6 +252,8 @@ class Projector(Settings):
             start = self._nearest(path, images, latents, origins.fresh_draws(images) if fresh else None)
         descent = self._descent(start.shape[-1])
         latents, errors, steps = path.descend(images, start, descent)
+        if self.validate is not False:
+            inputs.check_errors(errors, self.generator)
         if start.dim() == 2:
             start = start.expand(images.shape[0], -1, -1)
         chosen = reference.best_restarts(errors)

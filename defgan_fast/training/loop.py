@@ -23,6 +23,7 @@ import torch
 
 from defgan_fast import progress
 from defgan_fast.files import write_atomically
+from defgan_fast.finite import named_tensors, non_finite
 from defgan_fast.training import distributed
 
 CHECKPOINT = "checkpoint.pt"
@@ -34,6 +35,10 @@ FORMAT = "defgan_fast training 1"
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal after saving; the message says at which step and how to go on."""
+
+
+class NonFinite(RuntimeError):
+    """A quantity of a training became NaN or infinite; the message names it, the step, and what was kept."""
 
 
 class Trainer(Protocol):
@@ -102,6 +107,7 @@ def run(
     Raises:
         Interrupted: a first SIGINT or SIGTERM arrived; the state was saved at the end of the step.
         FileExistsError, ValueError: see ``resume``; and a damaged checkpoint, which is named.
+        NonFinite: a metric, a weight or an optimiser's state is NaN or infinite. The last good checkpoint stays.
     """
     first_process = distributed.rank() == 0
     out.mkdir(parents=True, exist_ok=True)
@@ -120,8 +126,17 @@ def run(
         started, first = time.perf_counter(), trainer.step
         saved = trainer.step if resumed else -1
 
+        def stop_at(found: str | None) -> None:
+            if found is not None:
+                kept = (
+                    f"the checkpoint of step {saved} is kept" if saved >= 0 else "there is no checkpoint yet"
+                )
+                raise NonFinite(f"training stopped at step {trainer.step}: {found}; {kept}; try a lower lr")
+
         def save() -> None:
             nonlocal saved
+            # Every process looks, at the same numbers, so that none waits for one that has stopped.
+            stop_at(non_finite(named_tensors(trainer.state())))
             if first_process:
                 _save(trainer, path, rows, out, evaluator)
             saved = trainer.step
@@ -148,6 +163,9 @@ def run(
                 metrics = trainer.advance()
                 bar.update()
                 step = trainer.step
+                # To look at every step would make the host wait for a GPU.
+                if not devices or step % log_every == 0 or step == steps:
+                    stop_at(non_finite(metrics.items()))
                 if step % log_every == 0 or step == steps:
                     values = {name: float(value) for name, value in metrics.items()}
                     rate = (step - first) / (time.perf_counter() - started)
@@ -182,13 +200,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
     except Exception as error:  # torch raises half a dozen types, depending on where the file ends
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"{path} is truncated or not a checkpoint ({type(error).__name__}: {reason})"
-        ) from None
+        raise ValueError(f"{path} is truncated or not a checkpoint ({_shortened(error)})") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of defgan_fast training")
+    types = {"settings": dict, "step": int, "random": dict, "trainer": dict}
+    for key, expected in types.items():
+        if not isinstance(checkpoint.get(key), expected):
+            found = type(checkpoint.get(key)).__name__
+            raise ValueError(f"{path} must hold {key} as {expected.__name__}, got {found}")
     return checkpoint
+
+
+def _shortened(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _stopped(stop: threading.Event, trainer: Trainer, every: int) -> bool:
@@ -253,13 +277,19 @@ def _restore(trainer: Trainer, path: Path, evaluator: Evaluator | None) -> None:
         before = checkpoint["settings"].get(name)
         if before != value:
             raise ValueError(f"{path} was made with {name} {before!r}, got {name} {value!r}")
-    trainer.restore(checkpoint["trainer"])
-    trainer.step = checkpoint["step"]
-    if evaluator and checkpoint["evaluator"]:
-        evaluator.restore(checkpoint["evaluator"])
-    torch.set_rng_state(checkpoint["random"]["cpu"])
-    if trainer.device.type == "cuda" and "cuda" in checkpoint["random"]:
-        torch.cuda.set_rng_state(checkpoint["random"]["cuda"], trainer.device)
+    bad = non_finite(named_tensors(checkpoint["trainer"]))
+    if bad is not None:
+        raise ValueError(f"{path} must hold finite numbers, got {bad}: delete it to begin anew")
+    try:
+        trainer.restore(checkpoint["trainer"])
+        trainer.step = checkpoint["step"]
+        if evaluator and checkpoint["evaluator"]:
+            evaluator.restore(checkpoint["evaluator"])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if trainer.device.type == "cuda" and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], trainer.device)
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit this training ({_shortened(error)})") from None
 
 
 def _read_metrics(path: Path, step: int) -> list[dict[str, Any]]:

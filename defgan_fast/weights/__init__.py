@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import nn
 
 from defgan_fast import files, models
+from defgan_fast.finite import non_finite
 
 FOLDER = Path(__file__).parent
 SUFFIX = ".safetensors"
@@ -75,6 +76,7 @@ def save(
 
     Raises:
         TypeError: the module is none of this package's models, or the card does not serialise.
+        ValueError: a weight is not finite, or is not in ``dtype``; the message names it.
         OSError: the folder cannot be written.
     """
     config = getattr(module, "config", None)
@@ -90,25 +92,70 @@ def save(
     for key, value in module.state_dict().items():
         stored = value.detach().cpu().contiguous()
         tensors[key] = stored.to(dtype) if dtype is not None and stored.is_floating_point() else stored
+    bad = non_finite(tensors.items())
+    if bad is not None:
+        raise ValueError(f"module must have finite weights to be saved to {path}, got {bad}")
     files.write_atomically(path, serialise(tensors, metadata=metadata))
 
 
 def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the card of a weight file; errors as for :func:`load_generator`."""
-    return json.loads(_read(Path(path))[0]["card"])
+    try:
+        card = json.loads(_read(Path(path))[0]["card"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has no card, or a damaged one ({_shortened(error)})") from None
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} must have a dictionary for its card, got {type(card).__name__}")
+    return card
 
 
 def _load(name_or_path: str | os.PathLike[str], kind: str) -> nn.Module:
     path = _resolve(name_or_path, kind)
     metadata, tensors = _read(path)
-    module = models.build(metadata["model"], json.loads(metadata["config"]))
-    if not metadata["model"].lower().endswith(kind):
-        raise ValueError(f"{path} must hold a {kind}, got a {metadata['model']}")
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its own header: {' '.join(str(error).split())}") from None
+    name = metadata.get("model", "nothing")
+    if not name.lower().endswith(kind):
+        raise ValueError(f"{path} must hold a {kind}, got a {name}")
+    bad = non_finite(tensors.items())
+    if bad is not None:
+        raise ValueError(f"{path} must hold finite weights, got {bad}")
+    config = metadata.get("config", "")
+    _check_shapes(path, name, config, tensors)
+    module = models.build(name, json.loads(config))
+    module.load_state_dict(tensors)
     return module.eval()
+
+
+def _check_shapes(path: Path, name: str, config: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Checks that a file's tensors are those of the module that its header describes.
+
+    The module is built without memory for its weights, since a damaged header may ask for any amount.
+
+    Raises:
+        ValueError: the header is damaged, or the file's tensors are not those of the module.
+    """
+    try:
+        with torch.device("meta"):
+            module = models.build(name, json.loads(config))
+        expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    except Exception as error:  # whatever a constructor may say to arguments of any type
+        raise ValueError(
+            f"{path} has a damaged header: {type(error).__name__}: {_shortened(error)}"
+        ) from None
+    for key in sorted(expected.keys() | tensors.keys()):
+        found = tuple(tensors[key].shape) if key in tensors else None
+        if found != expected.get(key):
+            raise ValueError(
+                f"{path} does not fit its own header: {key} must have shape {_shape(expected.get(key))}, "
+                f"got {_shape(found)}"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none (no such tensor)" if shape is None else str(list(shape))
+
+
+def _shortened(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _resolve(name_or_path: str | os.PathLike[str], kind: str) -> Path:
@@ -132,8 +179,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from None
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what its binding raises beside it
+        raise ValueError(f"{path} is truncated or not a safetensors file ({_shortened(error)})") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} was not written by defgan_fast: expected format {FORMAT!r} in its header, "
