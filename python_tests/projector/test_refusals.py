@@ -56,7 +56,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         r"^images must lie in the generator's range \[0, 1\], got \[0.5, 255\] \(with validate=False ",
     ),
-    "negative": (lambda: with_value(-1.0), ValueError, r"generator's range \[0, 1\], got \[-1, 0.5\] \(with validate=False "),
+    "negative": (lambda: with_value(-1.0), ValueError, r"range \[0, 1\], got \[-1, 0.5\] \(with validate=False "),
     "beyond the slack": (lambda: with_value(1.011), ValueError, r"range \[0, 1\], got \[0.5, 1.011\]"),
 }  # fmt: skip
 
