@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from defgan_fast import arguments
+
 NORMS = ("linf", "l2")
 # Images that were resampled leave their range by a few units in the last place.
 RANGE_TOLERANCE = 1e-5
@@ -100,8 +102,8 @@ def check(
         raise ValueError(f"labels must be int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}")
     if labels.device != images.device:
         raise ValueError(f"labels must be on the images' device {images.device}, got {labels.device}")
-    if epsilon is not None and not epsilon >= 0:
-        raise ValueError(f"epsilon must be at least 0, got {epsilon}")
+    if epsilon is not None and epsilon != math.inf:  # no budget at all
+        arguments.number("epsilon", epsilon, least=0)
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}")
     low, high = value_range

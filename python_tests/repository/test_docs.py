@@ -85,7 +85,9 @@ def test_the_commands_name_scripts_and_targets_that_exist(document: Path):
         assert set(words) <= targets, f"{document.name}: make {line}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    "document", [d for d in DOCUMENTS if d.name != "bad-inputs.md"], ids=lambda d: d.name
+)
 def test_the_options_of_commands_exist(document: Path):
     text = document.read_text().replace("\\\n", " ")
     for line in re.findall(
