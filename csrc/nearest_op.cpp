@@ -2,7 +2,6 @@
 // CPU's half with its cache of decoded candidates. nearest_op_cuda.cpp has the GPU's half.
 #include "nearest_op.h"
 
-#include <ATen/Parallel.h>
 #include <pthread.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
@@ -13,11 +12,10 @@
 #include "cpu/content_hash.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/nearest.h"
+#include "project_pool.h"
 
 namespace defgan {
 namespace {
-
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // --- decoded candidates, cached by content ----------------------------------------------------------------
 
@@ -46,7 +44,7 @@ std::shared_ptr<const cpu::Candidates> candidates_of(const std::string& descript
   }
   const std::vector<cpu::Parameter> weights = views;
   views.push_back({latents.const_data_ptr<float>(), latents.numel()});
-  const cpu::Hash hash = cpu::hash_of(views, threads());
+  const cpu::Hash hash = cpu::hash_of(views, usable_threads());
   // Instruction sets decode to different last bits.
   const cpu::InstructionSet& set = cpu::active_instruction_set();
   {
@@ -58,7 +56,8 @@ std::shared_ptr<const cpu::Candidates> candidates_of(const std::string& descript
       }
   }
   const auto packed = cpu::pack(plan, weights, set, cpu::Precision::kFloat32);
-  const auto made = cpu::decode_candidates(plan, *packed, latents.const_data_ptr<float>(), latents.size(0), threads());
+  const auto made =
+      cpu::decode_candidates(plan, *packed, latents.const_data_ptr<float>(), latents.size(0), usable_threads());
   std::lock_guard<std::mutex> lock(cache_mutex);
   cache.push_front({description, &set, hash, made});
   size_t bytes = 0, kept = 0;
@@ -87,7 +86,7 @@ Tensor nearest_cpu(const Tensor& images, const Tensor& candidates, at::TensorLis
     args.draws = draws ? own_draws.const_data_ptr<int64_t>() : nullptr;
     args.images_count = images.size(0);
     args.restarts = restarts;
-    args.threads = threads();
+    args.threads = usable_threads();
     args.indices = indices.mutable_data_ptr<int64_t>();
     cpu::find_nearest(*packed, args);
   });

@@ -2,7 +2,6 @@
 // pybind11 module for what is not a tensor. project_op_cuda.cpp has the GPU's half. Only the files project_*
 // include torch.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <pthread.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/utils/pybind.h>
@@ -19,10 +18,12 @@
 #include "cpu/keeping.h"
 #include "cpu/limits.h"
 #include "cpu/projection.h"
+#include "cpu/team.h"
 #include "cuda_options.h"
 #include "geometry.h"
 #include "project_checks.h"
 #include "project_pool.h"
+#include "project_signals.h"
 
 namespace defgan {
 namespace {
@@ -52,8 +53,6 @@ void check_values(const float* images, int64_t count, const Plan& plan) {
   if (count) check_range(plan, finite, low, high);
 }
 
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
 // --- packed weights, cached by content --------------------------------------------------------------------
 
 struct CacheEntry {
@@ -80,7 +79,7 @@ std::shared_ptr<const PackedGenerator> packed_generator(const std::string& descr
     held.push_back(checked_parameter(p, at::kCPU));
     views.push_back({held.back().const_data_ptr<float>(), held.back().numel()});
   }
-  const cpu::Hash hash = cpu::hash_of(views, threads());
+  const cpu::Hash hash = cpu::hash_of(views, usable_threads());
   const cpu::InstructionSet& set = cpu::active_instruction_set();
   {
     std::lock_guard<std::mutex> lock(cache_mutex);
@@ -142,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> projected_cpu(const Tensor& images, const Ten
     args.descent.steps = int(rates.size());
     args.descent.momentum = float(momentum);
     args.descent.radius = float(radius);
-    args.threads = threads();
+    args.threads = usable_threads();
     args.max_rows = max_rows;
     args.latents = latents.mutable_data_ptr<float>();
     args.errors = errors.mutable_data_ptr<float>();
@@ -181,7 +180,7 @@ Tensor decode_cpu(const Tensor& latents, at::TensorList parameters, const std::s
   Tensor images = at::empty({latents.size(0), plan.image.c, plan.image.h, plan.image.w}, source.options());
   translated([&] {
     const auto packed = packed_generator(description, plan, parameters, Precision::kFloat32);
-    cpu::decode(*packed, source.const_data_ptr<float>(), latents.size(0), threads(), max_rows,
+    cpu::decode(*packed, source.const_data_ptr<float>(), latents.size(0), usable_threads(), max_rows,
                 images.mutable_data_ptr<float>());
   });
   return images;
@@ -252,6 +251,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
   m.doc() = "Compiled half of defgan_fast: registers torch.ops.defgan_fast, and tells what is no tensor.";
   defgan::lend_torch_threads();
+  defgan::hear_python_signals();
   m.def("build_info", [] {
     py::dict info;
 #if defined(__clang__)
@@ -270,6 +270,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.def("instruction_sets", &defgan::cpu::supported_instruction_sets);
   m.def("active_instruction_set", [] { return std::string(defgan::cpu::active_instruction_set().name); });
+  m.def("usable_threads", &defgan::usable_threads);
+  m.def("thread_counts", [] {
+    const defgan::cpu::ThreadCounts counts = defgan::cpu::thread_counts();
+    py::dict d;
+    d["busy"] = counts.busy;
+    d["most"] = counts.most;
+    d["yields"] = counts.yields;
+    return d;
+  });
   m.def(
       "machine_limits",
       [](const std::string& isa, const std::string& precision, int threads, double seconds) {

@@ -9,12 +9,14 @@
 #include <ATen/Parallel.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <fstream>
 #include <iterator>
 #include <sstream>
 #include <string>
 
+#include "cpu/cores.h"
 #include "cpu/team.h"
 
 #if AT_PARALLEL_OPENMP && defined(__linux__)
@@ -22,6 +24,7 @@ extern "C" {
 __attribute__((weak)) void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 __attribute__((weak)) int omp_get_num_threads();
 __attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_num_procs();
 }
 
 namespace defgan {
@@ -72,9 +75,21 @@ void lend_torch_threads() {
   if (GOMP_parallel && omp_get_num_threads && omp_get_thread_num) cpu::use_pool(run);
 }
 
+// A runtime that has bound its threads, the calling one among them, to a core each knows what the process may use.
+static int processors() { return omp_get_num_procs ? omp_get_num_procs() : cpu::cores_of_affinity(); }
+
 }  // namespace defgan
 #else
 namespace defgan {
 void lend_torch_threads() {}
+static int processors() { return cpu::cores_of_affinity(); }
 }  // namespace defgan
 #endif
+
+int defgan::usable_threads() {
+  if (at::in_parallel_region()) return 1;
+  static const int quota = cpu::cores_of_quota();
+  const int cores = std::max(1, std::min(processors(), quota));
+  cpu::set_cores(cores);
+  return std::min(at::get_num_threads(), cores);
+}

@@ -11,6 +11,12 @@ def instruction_sets() -> list[str]:
 def active_instruction_set() -> str:
     """The one in use: `$DEFGAN_CPU_ISA` if set, else the best."""
 
+def usable_threads() -> int:
+    """The threads that a call would use now: torch's number, but no more than affinity and quota allow."""
+
+def thread_counts() -> dict[str, int]:
+    """The threads of this process's calls: `busy` now, the `most` at the same time so far, and their `yields`."""
+
 def machine_limits(isa: str, precision: str, threads: int, seconds: float) -> float:
     """GFLOP/s of a loop of multiply-adds on registers: what no kernel can exceed."""
 

@@ -6,7 +6,6 @@ Both answer the same three questions, so that what surrounds them is written onc
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,10 +16,6 @@ from . import gradients, precisions, reference
 from .kernels import ops
 from .plan import Plan, structure_of
 from .reference import Descent
-
-WORKING_BYTES = 200_000_000
-"""What a projection's working memory may take where nobody names `max_rows`."""
-
 
 _DECODED = 2
 _decoded: list[tuple[tuple[object, ...], Tensor]] = []
@@ -148,8 +143,7 @@ class ReferencePath:
         self.layers = precisions.DTYPES.get(precision, self.dtype)
         self.image_shape = tuple(image_shape)
         self.device = device
-        # Autograd keeps every activation; a generous bound of 256 floats a pixel keeps the working memory.
-        self.max_rows = max_rows or max(1, WORKING_BYTES // (256 * 4 * max(1, math.prod(image_shape))))
+        self.max_rows = max_rows or reference.rows_that_fit(image_shape)
 
     def descend(self, images: Tensor, start: Tensor, descent: Descent) -> Descended:
         targets, z0 = images.detach().to(self.dtype), start.detach().to(self.dtype)

@@ -25,6 +25,10 @@ Decoder = Callable[[Tensor], Tensor]
 """Maps latents [N, k] to images [N, C, H, W]."""
 
 
+WORKING_BYTES = 200_000_000
+"""What a projection's working memory may take where nobody names `max_rows`."""
+
+
 Keep = tuple[tuple[int, int], ...]
 """Pairs (step, rows): after that many steps only that many rows of each image, those of least error, go on. Steps
 rise and lie in [0, L), rows are at least 1 and do not rise."""
@@ -113,6 +117,15 @@ def descend(
         z = on_sphere(z - rate * velocity, radius)
         trajectory.append((z, velocity))
     return trajectory
+
+
+def rows_that_fit(image_shape: Sequence[int]) -> int:
+    """Returns the rows whose steps keep within `WORKING_BYTES`, for images [C, H, W].
+
+    Autograd keeps every activation, of which 256 floats a pixel are a generous bound. So many rows also take a fraction
+    of a second a step, between which Python runs the handlers of signals.
+    """
+    return max(1, WORKING_BYTES // (256 * 4 * max(1, math.prod(image_shape))))
 
 
 def project(
@@ -210,7 +223,9 @@ def unrolled_gradient(
     """Returns the reconstruction's gradient with respect to the image, through all steps of one restart.
 
     Latents of the trajectory are kept (they are small), activations are recomputed step by step, so memory
-    does not grow with L but for 2 k floats a row and step.
+    does not grow with L but for 2 k floats a row and step. A large batch is cut: a step of each piece keeps what it
+    computes of a gradient to differentiate it again, so a quarter of `rows_that_fit` is as much work as a step of
+    `project`.
 
     Args:
         decoder: the generator.
@@ -225,6 +240,23 @@ def unrolled_gradient(
     Returns:
         Its gradient with respect to the images, [B, C, H, W].
     """
+    rows = max(1, rows_that_fit(images.shape[1:]) // 4)
+    if len(images) > rows:
+        cuts = [slice(first, first + rows) for first in range(0, len(images), rows)]
+        pieces = [
+            unrolled_gradient(
+                decoder,
+                images[cut],
+                z0[cut],
+                lr_schedule,
+                momentum,
+                gradient[cut],
+                radius,
+                None if steps is None else steps[cut],
+            )
+            for cut in cuts
+        ]
+        return torch.cat(pieces)
     with torch.inference_mode(False), torch.enable_grad():
         images, z0, gradient = images.detach().clone(), z0.detach().clone(), gradient.detach().clone()
         if not len(images):

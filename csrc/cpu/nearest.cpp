@@ -97,15 +97,18 @@ class Search {
     count_ = count;
     for (std::vector<Found>& list : best_) list.clear();
     Barrier barrier(threads_);
-    run_threads(threads_, [&](int thread) {
+    Interruption interruption;
+    run_threads(threads_, interruption, [&](int thread) {
       const Member member{thread, threads_, &barrier};
       const Range mine = member.share(count_);
       for (int64_t i = mine.begin; i < mine.end; ++i)
         factors_[size_t(i)] = pack_image(candidates_, args_.images + (first_ + i) * candidates_.pixels,
                                          words_.data() + i * candidates_.pairs());
       member.meet();
-      compare(member);
+      compare(member, interruption);
       member.meet();
+      // Whoever cut its comparison short had heard it before they met, so all see it here.
+      if (interruption.heard()) return;
       for (int64_t i = mine.begin; i < mine.end; ++i) join(i);
     });
   }
@@ -113,12 +116,13 @@ class Search {
  private:
   std::vector<Found>& list(int64_t image, int thread) { return best_[size_t(image * threads_ + thread)]; }
 
-  void compare(const Member& member) {
+  void compare(const Member& member, Interruption& interruption) {
     const int64_t groups = (candidates_.count + kCandidateGroup - 1) / kCandidateGroup;
     const CandidateKernel kernel = active_candidate_kernel();
     std::vector<int64_t> products(size_t(count_ * kCandidateGroup));
     const Range mine = member.share(groups);
-    for (int64_t group = mine.begin; group < mine.end; ++group) {
+    for (int64_t group = mine.begin; group < mine.end && !interruption.heard(); ++group) {
+      if (member.id == 0) interruption.ask();
       kernel({words_.data(), count_, candidates_.levels.data() + group * candidates_.pairs() * kCandidateGroup * 2,
               candidates_.pairs(), products.data()});
       for (int64_t i = 0; i < count_; ++i)

@@ -21,7 +21,8 @@ struct Candidates {
   size_t bytes() const { return levels.size() * 2 + squared_norms.size() * 8; }
 };
 
-// Decodes latents [count, k] with the packed generator, piece by piece.
+// Decodes latents [count, k] with the packed generator, piece by piece. Like find_nearest it throws where an interruption
+// (interruption.h) ends it.
 std::shared_ptr<const Candidates> decode_candidates(const Plan& plan, const PackedGenerator& generator,
                                                     const float* latents, int64_t count, int threads);
 

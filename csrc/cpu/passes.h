@@ -14,10 +14,13 @@ namespace defgan::cpu {
 
 class Passes {
  public:
-  Passes(const PackedGenerator& generator, Workspace& workspace, const Member& member, Profile* profile)
+  // asks: the call's interruption in the thread that asks for it, null in all others.
+  Passes(const PackedGenerator& generator, Workspace& workspace, const Member& member, Interruption* asks,
+         Profile* profile)
       : g_(generator),
         w_(workspace),
         me_(member),
+        asks_(asks),
         image_(*generator.set->image),
         watch_(profile, generator.layers.size()) {}
 
@@ -45,6 +48,7 @@ class Passes {
   void scale_latent(float radius);
 
   void meet() {
+    if (asks_) asks_->ask(g_.set->bfloat16->release);
     me_.meet();
     watch_.waiting();
   }
@@ -55,6 +59,7 @@ class Passes {
   const PackedGenerator& g_;
   Workspace& w_;
   const Member& me_;
+  Interruption* const asks_;
   const ImageKernels& image_;
   Stopwatch watch_;
   int rows_ = 0;

@@ -6,16 +6,34 @@
 #include <memory>
 
 #include "division.h"
+#include "float_control.h"
 #include "passes.h"
 
 namespace defgan::cpu {
 namespace {
 
+// A team of threads, and the group of rows that it has at hand.
+struct Team {
+  Workspace workspace;
+  Barrier barrier;
+  int64_t group = 0;
+  // Whether an interruption ends the work. Members that asked by themselves would hear it at different steps and wait
+  // for each other, so the first one decides for all; the others read it after a meeting that every step has anyway.
+  bool stops = false;
+  Team(const PackedGenerator& g, int rows, int size) : workspace(g, rows), barrier(size) {}
+};
+
 // One member's part in what its team does with a group of rows. All members call the same functions.
 class Worker {
  public:
-  Worker(const PackedGenerator& generator, Workspace& workspace, const Member& member, Profile* profile)
-      : g_(generator), w_(workspace), me_(member), passes_(generator, workspace, member, profile) {}
+  Worker(const PackedGenerator& generator, Team& team, const Member& member, Interruption& interruption, bool asks,
+         Profile* profile)
+      : g_(generator),
+        team_(team),
+        w_(team.workspace),
+        me_(member),
+        interruption_(interruption),
+        passes_(generator, team.workspace, member, asks ? &interruption : nullptr, profile) {}
 
   void project(const ProjectArgs& args, int64_t first, int rows) {
     const float radius = args.descent.radius;
@@ -23,7 +41,9 @@ class Worker {
     if (radius > 0 && !args.velocities) passes_.scale_latent(radius);
     passes_.store_latent(g_);
     for (int step = 0; step < args.descent.steps; ++step) {
+      if (me_.id == 0) team_.stops = interruption_.heard();
       passes_.forward(g_);
+      if (team_.stops) return;
       passes_.image_gradient();
       passes_.backward();
       passes_.update(args.descent.rates[step], args.descent.momentum);
@@ -50,8 +70,10 @@ class Worker {
 
  private:
   const PackedGenerator& g_;
+  Team& team_;
   Workspace& w_;
   const Member& me_;
+  const Interruption& interruption_;
   Passes passes_;
 
   // Brings the rows' starting points, velocities and targets.
@@ -101,35 +123,20 @@ class Worker {
 // What a working thread changes of its processor's state, and puts back: the caller's own thread is one of the team.
 class ProcessorState {
  public:
-  explicit ProcessorState(const InstructionSet& set) : set_(set) {
-#if defined(__x86_64__)
+  explicit ProcessorState(const InstructionSet& set) : set_(set), control_(float_control()) {
     // Numbers too small for float32's exponent become zero. A sigmoid that saturates makes many of them, and on some
     // processors an operation with one takes many times as long (docs/cpu.md).
-    constexpr unsigned kFlushToZero = 1u << 15, kDenormalsAreZero = 1u << 6;
-    control_ = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(control_ | kFlushToZero | kDenormalsAreZero);
-#endif
+    set_float_control(control_ | kFlushToZero | kDenormalsAreZero);
   }
   ProcessorState(const ProcessorState&) = delete;
   ~ProcessorState() {
-#if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr(control_);
-#endif
+    set_float_control(control_);
     if (set_.bfloat16->release) set_.bfloat16->release();
   }
 
  private:
   const InstructionSet& set_;
-#if defined(__x86_64__)
-  unsigned control_;
-#endif
-};
-
-struct Team {
-  Workspace workspace;
-  Barrier barrier;
-  int64_t group = 0;  // at hand
-  Team(const PackedGenerator& g, int rows, int size) : workspace(g, rows), barrier(size) {}
+  const unsigned control_;
 };
 
 // Calls use(worker, first row, rows) for every group of rows, in all members of the team that takes it.
@@ -143,13 +150,14 @@ void for_groups(const PackedGenerator& g, int64_t rows, int threads, int64_t max
   std::vector<std::unique_ptr<Team>> teams;
   for (int t = 0; t < division.teams; ++t) teams.push_back(std::make_unique<Team>(g, division.group_rows, size));
   std::atomic<int64_t> next{0};
-  run_threads(division.teams * size, [&](int thread) {
+  Interruption interruption;
+  run_threads(division.teams * size, interruption, [&](int thread) {
     Team& team = *teams[size_t(thread / size)];
     const Member member{thread % size, size, &team.barrier};
     const ProcessorState state(*g.set);
-    Worker worker(g, team.workspace, member, profile);
+    Worker worker(g, team, member, interruption, thread == 0, profile);
     for (;;) {
-      if (member.id == 0) team.group = next.fetch_add(1);
+      if (member.id == 0) team.group = interruption.heard() ? division.groups : next.fetch_add(1);
       member.meet();
       const int64_t group = team.group;
       if (group >= division.groups) break;

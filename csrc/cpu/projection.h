@@ -25,9 +25,10 @@ struct ProjectArgs {
   Profile* profile;         // out: added to, or nullptr
 };
 
+// An interruption (interruption.h) ends it between two steps and throws; then nothing that is out is complete.
 void project(const PackedGenerator& generator, const ProjectArgs& args);
 
-// images [count, pixels] = G(latents [count, k]), in float32 whatever the generator's precision.
+// images [count, pixels] = G(latents [count, k]), in float32 whatever the generator's precision. Interrupted like project.
 void decode(const PackedGenerator& generator, const float* latents, int64_t count, int threads, int64_t max_rows,
             float* images);
 

@@ -7,10 +7,12 @@
 #include <functional>
 #include <thread>
 
+#include "interruption.h"
+
 namespace defgan::cpu {
 
 // All threads of a team meet here, several times a step. Spins, since a step's layers last tens of
-// microseconds; yields after a while, for machines with more threads than cores.
+// microseconds; yields after a while, and at once where all calls together have more threads than there are cores.
 class Barrier {
  public:
   explicit Barrier(int size = 1) : size_(size) {}
@@ -61,7 +63,22 @@ using Pool = bool (*)(int threads, const std::function<void(int)>& body);
 // From now on teams take the pool's threads wherever it gives them.
 void use_pool(Pool pool);
 
+// Threads that can run at the same time: as many as there are cores, by default those of the first call's affinity.
+void set_cores(int cores);
+
 // Runs body(0) .. body(threads - 1), all at the same time, body(0) on the calling thread. body must not throw.
 void run_threads(int threads, const std::function<void(int)>& body);
+
+// The same for long work. The calling thread goes on asking for an interruption until all are done; body ends early where
+// one was heard, and what it says is thrown here.
+void run_threads(int threads, Interruption& interruption, const std::function<void(int)>& body);
+
+// What the process's calls have done so far, for tests.
+struct ThreadCounts {
+  int64_t busy;    // threads of all calls together, now
+  int64_t most;    // the most that there were
+  int64_t yields;  // by threads that waited for their team
+};
+ThreadCounts thread_counts();
 
 }  // namespace defgan::cpu

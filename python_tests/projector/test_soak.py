@@ -1,0 +1,41 @@
+"""The soak: `soak.py` for 30 seconds, or for `$DEFGAN_SOAK_SECONDS`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from projectors import kernels
+
+HERE = Path(__file__).parent
+MEGABYTES = 64  # for allocators of 64 threads that happen to take more late than early
+
+
+@kernels
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs fork and a process's memory")
+def test_soak() -> None:
+    seconds = float(os.environ.get("DEFGAN_SOAK_SECONDS", "30"))
+    process = subprocess.Popen(
+        [sys.executable, HERE / "soak.py", HERE.parent, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=seconds + 400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"hung, or failed:\n{err[-20000:]}"
+    report = json.loads(out.splitlines()[-1])
+    assert not report["errors"], report["errors"][0]
+    assert report["statuses"] == [0] * 8, err[-20000:]
+    assert set(report["done"]) == {"project", "change", "deepcopy", "pickle", "fork", "interrupt"}
+    assert report["late"] - report["early"] < MEGABYTES, report
