@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, sys.argv[1])
 
-from projectors import make_generator, make_images, make_projector
+from projectors import make_generator, make_images, make_projector, same
 
 import defgan_fast as dg
 from defgan_fast import _C
@@ -102,9 +102,7 @@ def project() -> None:
     expected = SHORT.project(IMAGES)
     must_hear(lambda: LONG(IMAGES))
     again = SHORT.project(IMAGES)
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True)), (
-        "other bits after an interruption"
-    )
+    assert same(again, expected), "other bits after an interruption"
 
 
 def row() -> None:
@@ -165,7 +163,7 @@ def a_handler_that_returns() -> None:
         got = projector.project(image)
     assert seen, "the call was over before the signal came: it tests nothing"
     assert all(all(one) for one in seen), seen
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert same(got, expected)
 
 
 def in_another_thread() -> None:
