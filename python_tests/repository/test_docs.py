@@ -16,6 +16,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "csrc" / "README.md",
     *(ROOT / "docs").rglob("*.md"),
 ]
 # Experiments and the changelog say how things were on their day.

@@ -23,7 +23,7 @@ bool Executor::ordered(const Record& record, Time valid_since) const {
   return record.time < (same_warp ? self_->warp->met : block.met);
 }
 
-// The smallest group with these readers and the running thread.
+// Returns the smallest warp, block or set of blocks with these readers and the running thread.
 ThreadSet Executor::joined(ThreadSet readers) {
   const uint32_t block = static_cast<uint32_t>(self_->block->index), thread = self_->who.thread();
   const bool several = readers.kind() == ThreadSet::kBlocks;
