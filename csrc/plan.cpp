@@ -21,6 +21,8 @@ constexpr int kMaxExtent = 1 << 16;
 constexpr int64_t kMaxElements = int64_t(1) << 26;
 constexpr double kMaxWeightElements = 1e15;
 constexpr size_t kMaxLayers = 1000;
+// Of a stride or an upsampling times a position, to which a kernel and a padding are added.
+constexpr int64_t kMaxReach = int64_t(1) << 30;
 
 int parse_int(size_t layer, const std::string& text) {
   size_t used = 0;
@@ -94,6 +96,10 @@ void check_layer(size_t n, const Layer& l) {
     between(extent, 1, kMaxExtent, "stride or upsample");
   between(l.pad.h, -kMaxExtent, kMaxExtent, "pad");
   between(l.pad.w, -kMaxExtent, kMaxExtent, "pad");
+  const auto reaches = [](int factor, int extent) { return int64_t(factor) * extent > kMaxReach; };
+  if (reaches(l.stride.h, std::max(l.in.h, l.out.h)) || reaches(l.stride.w, std::max(l.in.w, l.out.w)) ||
+      reaches(l.upsample.h, l.in.h) || reaches(l.upsample.w, l.in.w))
+    fail(n, "stride or upsample out of range: times the extent it is more than " + std::to_string(kMaxReach));
   const bool conv = l.kind == Kind::kConv || l.kind == Kind::kConvTranspose;
   if (conv && (l.kernel.h < 1 || l.kernel.w < 1)) fail(n, "kernel out of range");
   if (double(l.kernel.h) * l.kernel.w * l.in.c * l.out.c > kMaxWeightElements) fail(n, "kernel out of range");

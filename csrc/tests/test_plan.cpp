@@ -56,6 +56,11 @@ int main() {
   rejects("", "no layers");
   rejects("pool in=1x1x1 out=1x1x1", "unknown kind");
   rejects("linear in=8x1x1 out=4x1x1", "weight");
+  // 65536 * 65535 is more than an int holds.
+  rejects("conv_transpose in=1x1x1 out=1x65536x1 kernel=1x1 stride=65536x1 weight=0",
+          "stride or upsample out of range");
+  rejects("map in=1x1x1 out=1x65536x1 upsample=65536x1\nmap in=1x65536x1 out=1x1x1 upsample=65536x1",
+          "layer 1: stride or upsample out of range");
   rejects("linear in=8x1x1 out=4x1x1 weight=0 colour=3", "unknown key");
   rejects("linear in=8x1x1 out=4x1x1 weight=zero", "integer");
   rejects("linear in=8x2x1 out=4x1x1 weight=0", "one position");
