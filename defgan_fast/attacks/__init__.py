@@ -6,6 +6,7 @@ settings, ``seed`` and ``progress``, and returns adversarial images; ``docs/atta
 """
 
 from defgan_fast.attacks.carlini_wagner import cw
+from defgan_fast.attacks.evade import evade
 from defgan_fast.attacks.fgsm import fgsm
 from defgan_fast.attacks.hop_skip_jump import hop_skip_jump
 from defgan_fast.attacks.latent import latent_cw, latent_lagrange
@@ -18,6 +19,7 @@ from defgan_fast.attacks.substitute import black_box, train_substitute
 __all__ = [
     "black_box",
     "cw",
+    "evade",
     "fgsm",
     "hop_skip_jump",
     "latent_cw",

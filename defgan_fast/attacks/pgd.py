@@ -123,6 +123,24 @@ def pgd(
     return climb.record.points
 
 
+def climb_automatically(
+    objective: Objective,
+    budget: Budget,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+    early_stop: bool,
+    meter: Meter,
+) -> Tensor:
+    """Returns the best points [N, C, H, W] of one climb of Auto-PGD up any objective, from the images themselves."""
+    climb = _Climb(objective, budget, images, labels)
+    climb.early_stop, climb.steps, climb.meter = early_stop, steps, meter
+    if len(images):
+        climb.auto(torch.arange(len(images), device=images.device), images)
+    meter.finish()
+    return climb.record.points
+
+
 class _Climb:
     """One attack on a batch: both step rules, over the images that are not finished yet."""
 
