@@ -256,13 +256,13 @@ def _latent_parts(setting: Setting, attack: Attack, images: Tensor) -> dict[str,
 
 def _describe(module: nn.Module) -> dict[str, Any]:
     """Returns weights and settings of a module, which decide what it does."""
-    plain = (bool, int, float, str, type(None))
+    plain = (bool, int, float, str, tuple, list, type(None))
     settings = []
     for name, inside in module.named_modules():
         values = {
-            key: value
+            key: _hash(value) if isinstance(value, Tensor) else value
             for key, value in sorted(vars(inside).items())
-            if not key.startswith("_") and isinstance(value, plain)
+            if not key.startswith("_") and isinstance(value, (*plain, Tensor))
         }
         settings.append((name, type(inside).__name__, values))
     return {"weights": weights_hash(module), "settings": repr(settings)}
