@@ -46,7 +46,11 @@ def candidate_latents(
     Returns:
         [N, k] float32.
     """
-    parts = [torch.empty(0, latent_size), *_in_order(seed, count, latent_size, std, radius)]
+    # The device is named because the caller may have set another default for the process.
+    parts = [
+        torch.empty(0, latent_size, dtype=torch.float32, device="cpu"),
+        *_in_order(seed, count, latent_size, std, radius),
+    ]
     return torch.cat(parts)
 
 
@@ -127,7 +131,7 @@ def sure_candidates(
         norm = arguments.number("radius", norm, above=0)
     decode = decoder_of(generator.eval(), k)
     classifier.eval()
-    like = next(generator.parameters(), torch.empty(0))
+    like = next(generator.parameters(), torch.empty(0, dtype=torch.float32, device="cpu"))
     kept, found, drawn = [], 0, 0
     for latents in _in_order(drawn_by, most, k, start_std, norm):
         latents = latents.to(like.device)

@@ -6,6 +6,7 @@ the image that is projected; the drawn latents are its candidates.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import candidates, starts
-
-STARTS = ("random", "nearest")
+from .plan import Plan
+from .plan.latents import failure_of
+from .settings import Settings
 
 
 class Origin(NamedTuple):
@@ -71,3 +73,75 @@ def that_fit(count: int, image_shape: Sequence[int] | None, restarts: int) -> in
         fit = "" if used == count else f" that fit in 200 MB of decoded images (of {count})"
         raise ValueError(f"candidates must be at least restarts ({restarts}), got {used}{fit}")
     return used
+
+
+class Origins(Settings):
+    """A module that finds where the descents of a call begin, from its settings and what its generator tells.
+
+    Attributes:
+        latent_size: k; None where the generator does not tell.
+    """
+
+    latent_size: int | None
+    _plan: Plan | None
+    _warned_of_fewer: bool
+    # Not buffers: converting the module's dtype must not round them, and they are not state.
+    _latents: Tensor | None
+    _latents_of: Origin | None
+
+    def _no_latent_size(self) -> str:
+        failure = failure_of(self.generator)
+        name = type(self.generator).__name__
+        return f"generator {name} does not tell its latent size{f' ({failure})' if failure else ''}"
+
+    def _draw(self) -> None:
+        """Draws the latents that the projector's own seed gives, unless they are at hand."""
+        origin = self._origin(self.seed)
+        if origin is not None and origin != self._latents_of:
+            self._latents = origin.draw().to(self._device() or "cpu")
+            self._latents_of = origin
+
+    def _origin(self, seed: int | None) -> Origin | None:
+        """Returns what the latents of a seed depend on; None where none are drawn by a seed."""
+        k, shape = self.latent_size, None if self._plan is None else self._plan.image_shape
+        if self.starts == "nearest":
+            count = self._fitting(shape)
+            if self._own_candidates is not None or k is None:
+                return None
+            return Origin("nearest", seed or 0, count, k, self.start_std, self._radius(k))
+        if seed is None or k is None:
+            return None
+        return Origin("random", seed, self.restarts, k, self.start_std, 0.0)
+
+    def _fitting(self, image_shape: Sequence[int] | None) -> int:
+        """Returns how many candidates are used for images of a shape, None where it is not known yet."""
+        own, given = self._own_candidates, self.candidates
+        if own is not None and self.latent_size not in (None, own.shape[1]):
+            raise ValueError(f"candidates must have shape [N, {self.latent_size}], got {list(own.shape)}")
+        count = len(given) if isinstance(given, Tensor) else given
+        used = that_fit(count, image_shape, self.restarts)
+        if used < count and not self._warned_of_fewer and not torch.compiler.is_compiling():
+            self._warned_of_fewer = True
+            warnings.warn(
+                f"candidates: {used} of {count} are used, whose decoded images take 200 MB", stacklevel=5
+            )
+        return used
+
+    def _drawn(self, images: Tensor, z0: Tensor | None, seed: int | None) -> Tensor:
+        """Returns the starting points of a call, [R, k] or [B, R, k], or the candidates for them, [N, k]."""
+        if z0 is not None:
+            return z0
+        if self.starts == "nearest" and self._own_candidates is not None:
+            return self._own_candidates
+        if self.latent_size is None:
+            raise ValueError(
+                f"{self._no_latent_size()}: pass z0 or latent_size, or give it such an attribute"
+            )
+        origin = self._origin(seed)
+        if origin is None:
+            return starts.fresh(
+                images.shape[0], self.restarts, self.latent_size, images.device, self.start_std
+            )
+        if origin == self._latents_of and self._latents is not None:
+            return self._latents
+        return origin.draw_in_graph().to(images.device)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, origins, precisions, reference
+from . import arguments, precisions, reference
 from .precisions import name_of
 
+_STARTS = ("random", "nearest")
 _PRECISIONS = ("auto", *precisions.ALL)
 _GRADIENTS = ("straight_through", "unrolled", "none")
 _BACKENDS = ("auto", "cpu", "cuda", "reference")
@@ -23,6 +24,10 @@ MOST_RESTARTS = 65_536
 MOST_ROWS = 2**31 - 1
 MOST_CANDIDATES = 2**20
 LARGEST_RADIUS = 1e18  # squares of larger norms leave float32
+
+
+FAST: dict[str, Any] = {"starts": "nearest", "radius": "auto", "restarts": 2, "steps": 25}
+"""What `Projector.fast` sets; `docs/descents.md` has the measurements by which it was chosen."""
 
 
 class Settings(nn.Module):
@@ -57,7 +62,7 @@ class Settings(nn.Module):
     def _check_settings(self) -> None:
         """Checks all settings, which may have been changed since they were checked last, and gives them their types."""
         count, number, choice = arguments.count, arguments.number, arguments.choice
-        self.starts = choice("starts", self.starts, origins.STARTS)
+        self.starts = choice("starts", self.starts, _STARTS)
         self.steps = count("steps", self.steps, int(self.starts == "random"), MOST_STEPS)
         self.restarts = count("restarts", self.restarts, most=MOST_RESTARTS)
         self.lr = number("lr", self.lr, above=0)

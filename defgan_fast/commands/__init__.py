@@ -19,6 +19,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "defend real images against FGSM and an adaptive attack",
     "train": "train a generator or a classifier",
+    "tune": "find the settings that suit a generator of your own",
     "info": "versions, backends, and how the extension was built",
     "bench": "measure the kernels against the machine and other software",
 }
