@@ -133,7 +133,6 @@ class Actor:
     def project_and_exit(self) -> None:
         code = 1
         try:
-            faulthandler.dump_traceback_later(PATIENCE / 2, exit=True)
             self.project()
             code = 0
         except BaseException:
@@ -195,7 +194,6 @@ def process(index: int, expected: list[list[tuple[Tensor, ...]]], end: float) ->
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(SECONDS + PATIENCE, exit=True)
     expected = expectations()
     torch.set_num_threads(2)
     end = time.monotonic() + SECONDS
@@ -210,6 +208,8 @@ def main() -> None:
                 os._exit(code)
         children.append(child)
 
+    # Not earlier: a child would wait for ever for the watchdog's thread, which it does not have.
+    faulthandler.dump_traceback_later(SECONDS + PATIENCE, exit=True)
     projectors()[0](X)
     # A child of a process with threads may not allocate as it likes (fork(2)), so only some threads fork.
     actors = [Actor(SEED + i, expected, may_fork=i % 16 == 0) for i in range(THREADS)]
