@@ -18,6 +18,10 @@ from typing import NoReturn
 # Each name is that of a module here, in the order of the help text.
 COMMANDS = {
     "demo": "defend real images against FGSM and an adaptive attack",
+    "project": "replace images by the nearest ones that a generator makes",
+    "attack": "make adversarial images of a classifier, through its defence or not",
+    "detect": "find attacked images by their reconstruction error",
+    "evaluate": "what is left of a defended classifier under a threat, with checks",
     "train": "train a generator or a classifier",
     "tune": "find the settings that suit a generator of your own",
     "info": "versions, backends, and how the extension was built",
