@@ -111,10 +111,25 @@ def _settings(projector: Projector, images: torch.Tensor, data_hash: str) -> dic
         "lr_decay": projector.lr_decay,
         "decay_at": projector.decay_at,
         "seed": projector.seed,
+        "starts": projector.starts,
+        "start_std": projector.start_std,
+        "candidates": _candidates(projector),
+        "radius": projector.radius,
+        "keep": None if projector.keep is None else [list(pair) for pair in projector.keep],
         "precision": projector.precision_for(one),
         "backend": projector.backend_for(one),
         "defgan_fast": __version__,
     }
+
+
+def _candidates(projector: Projector) -> int | str | None:
+    """Returns how many candidates there are, or a hash of the user's own; None where they are not used."""
+    if projector.starts != "nearest":
+        return None
+    own = projector.candidates
+    if not isinstance(own, torch.Tensor):
+        return own
+    return hashlib.sha256(own.cpu().double().numpy().tobytes()).hexdigest()
 
 
 def _mapped(path: Path, shape: Sequence[int]) -> np.memmap:

@@ -94,13 +94,20 @@ def test_the_key_depends_on_generator_settings_and_data(generator, images, tmp_p
             (generator, {"lr": 5.0}, "hash"),
             (generator, {"seed": 1}, "hash"),
             (generator, {}, "other"),
+            (generator, {"start_std": 1.0}, "hash"),
+            (generator, {"radius": 1.0}, "hash"),
+            (generator, {"keep": ((1, 1),)}, "hash"),
+            (generator, {"starts": "nearest", "candidates": 9}, "hash"),
+            (generator, {"starts": "nearest", "candidates": 10}, "hash"),
+            (generator, {"starts": "nearest", "candidates": torch.ones(9, 4)}, "hash"),
+            (generator, {"starts": "nearest", "candidates": torch.zeros(9, 4)}, "hash"),
         ],
         start=1,
     ):
         cached(projector(model, **changes), images, data_hash, tmp_path, limit=1)
         assert len(folders(tmp_path)) == number
     cached(projector(generator), images, "hash", tmp_path, limit=1)
-    assert len(folders(tmp_path)) == 7
+    assert len(folders(tmp_path)) == 14
     with pytest.raises(ValueError, match=r"projector must have a seed to be cached, got seed=None"):
         cached(projector(generator, seed=None), images, "hash", tmp_path)
 
