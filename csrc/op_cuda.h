@@ -130,8 +130,8 @@ struct Parameters {
   std::vector<cuda::Parameter> views;
 };
 
-inline Tensor workspace(const cuda::Schedule& schedule, const Tensor& like) {
-  return at::empty({int64_t(schedule.workspace_bytes)}, like.options().dtype(at::kByte));
+inline Tensor workspace(size_t bytes, const Tensor& like) {
+  return at::empty({int64_t(bytes)}, like.options().dtype(at::kByte));
 }
 
 }  // namespace defgan

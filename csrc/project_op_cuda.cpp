@@ -41,15 +41,15 @@ void check_errors(const Tensor& errors, const std::string& precision) {
                     precision == "float32" ? "" : " or precision=\"float32\"");
 }
 
-std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, at::TensorList parameters,
-                                        const std::string& description, at::ArrayRef<double> lr_schedule,
-                                        double momentum, const std::string& precision, int64_t max_rows, bool validate,
-                                        double radius) {
-  check_radius(radius);
-  TORCH_CHECK_VALUE(radius == 0, "radius must be 0 (free) on CUDA, got ", radius);
-  return translated([&]() -> std::tuple<Tensor, Tensor> {
+// keep: for the projection that drops rows and tells each row's steps; nullptr for the one that keeps all.
+std::tuple<Tensor, Tensor, Tensor> projected_cuda(const Tensor& images, const Tensor& z0, at::TensorList parameters,
+                                                  const std::string& description, at::ArrayRef<double> lr_schedule,
+                                                  double momentum, const std::string& precision, int64_t max_rows,
+                                                  bool validate, double radius, const std::vector<Keep>* keep) {
+  return translated([&]() -> std::tuple<Tensor, Tensor, Tensor> {
     const std::shared_ptr<const Compiled> c = compiled(description, parameters, cuda::precision_of(precision));
     check_projection(c->plan, images, z0, max_rows);
+    check_radius(radius);
     const c10::cuda::CUDAGuard guard(images.device());
     const int64_t count = images.size(0), restarts = z0.size(-2), k = c->plan.latent_size();
     const Tensor targets = images.to(at::kFloat).contiguous(), start = z0.to(at::kFloat).contiguous();
@@ -57,14 +57,13 @@ std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, 
     const Parameters own(parameters, images.device());
     Tensor latents = at::empty({count, restarts, k}, targets.options());
     Tensor errors = at::empty({count, restarts}, targets.options());
-    if (count == 0) return {latents, errors};
+    Tensor steps;
+    if (keep) steps = at::empty({count, restarts}, targets.options().dtype(at::kLong));
+    if (count == 0) return {latents, errors, steps};
 
     const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream();
-    const cuda::Schedule schedule = cuda::schedule_projection(*c->program, properties_of(images.device()),
-                                                              count * restarts, max_rows, cuda::wanted_mapping());
     const Tensor tables = read_on(device_tables(c, images.device()), stream);
     const Tensor rates = read_on(device_rates(lr_schedule, images.device()), stream);
-    const Tensor working = workspace(schedule, targets);
     cuda::ProjectArgs args{};
     args.images = targets.const_data_ptr<float>();
     args.start = start.const_data_ptr<float>();
@@ -74,13 +73,48 @@ std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, 
     args.descent.rates = static_cast<const float*>(rates.const_data_ptr());
     args.descent.steps = int(lr_schedule.size());
     args.descent.momentum = float(momentum);
-    args.workspace = working.mutable_data_ptr();
+    args.descent.radius = float(radius);
     args.latents = latents.mutable_data_ptr<float>();
     args.errors = errors.mutable_data_ptr<float>();
-    cuda::project(*c->program, tables.const_data_ptr(), own.views, schedule, args, stream.stream());
+    const cuda::Device device = properties_of(images.device());
+    const cuda::Mapping mapping = cuda::wanted_mapping();
+    Tensor working;
+    if (keep) {
+      const auto schedule = cuda::schedule_keeping(*c->program, device, count, args.restarts, args.descent.steps, *keep,
+                                                   max_rows, mapping);
+      working = workspace(schedule.workspace_bytes, targets);
+      args.workspace = working.mutable_data_ptr();
+      cuda::project_keeping(*c->program, tables.const_data_ptr(), own.views, schedule, args,
+                            steps.mutable_data_ptr<int64_t>(), stream.stream());
+    } else {
+      const auto schedule = cuda::schedule_projection(*c->program, device, count * restarts, max_rows, mapping);
+      working = workspace(schedule.workspace_bytes, targets);
+      args.workspace = working.mutable_data_ptr();
+      cuda::project(*c->program, tables.const_data_ptr(), own.views, schedule, args, stream.stream());
+    }
     if (validate) check_errors(errors, precision);
-    return {latents, errors};
+    return {latents, errors, steps};
   });
+}
+
+std::tuple<Tensor, Tensor> project_cuda(const Tensor& images, const Tensor& z0, at::TensorList parameters,
+                                        const std::string& description, at::ArrayRef<double> lr_schedule,
+                                        double momentum, const std::string& precision, int64_t max_rows, bool validate,
+                                        double radius) {
+  auto [latents, errors, steps] = projected_cuda(images, z0, parameters, description, lr_schedule, momentum, precision,
+                                                 max_rows, validate, radius, nullptr);
+  return {latents, errors};
+}
+
+std::tuple<Tensor, Tensor, Tensor> project_keeping_cuda(const Tensor& images, const Tensor& z0,
+                                                        at::TensorList parameters, const std::string& description,
+                                                        at::ArrayRef<double> lr_schedule, double momentum,
+                                                        const std::string& precision, int64_t max_rows, bool validate,
+                                                        double radius, at::IntArrayRef keep_steps,
+                                                        at::IntArrayRef keep_rows) {
+  const std::vector<Keep> keep = checked_keep(keep_steps, keep_rows, int64_t(lr_schedule.size()));
+  return projected_cuda(images, z0, parameters, description, lr_schedule, momentum, precision, max_rows, validate,
+                        radius, &keep);
 }
 
 Tensor decode_cuda(const Tensor& latents, at::TensorList parameters, const std::string& description, int64_t max_rows) {
@@ -98,7 +132,7 @@ Tensor decode_cuda(const Tensor& latents, at::TensorList parameters, const std::
     const cuda::Schedule schedule =
         cuda::schedule_decoding(*c->program, properties_of(latents.device()), count, max_rows);
     const Tensor tables = read_on(device_tables(c, latents.device()), stream);
-    const Tensor working = workspace(schedule, source);
+    const Tensor working = workspace(schedule.workspace_bytes, source);
     cuda::decode(*c->program, tables.const_data_ptr(), own.views, schedule, source.const_data_ptr<float>(), count,
                  working.mutable_data_ptr(), images.mutable_data_ptr<float>(), stream.stream());
     return images;
@@ -110,5 +144,6 @@ Tensor decode_cuda(const Tensor& latents, at::TensorList parameters, const std::
 
 TORCH_LIBRARY_IMPL(defgan_fast, CUDA, m) {
   m.impl("project", &defgan::project_cuda);
+  m.impl("project_keeping", &defgan::project_keeping_cuda);
   m.impl("decode", &defgan::decode_cuda);
 }

@@ -11,6 +11,7 @@ class Stream : public Queue {
   explicit Stream(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
 
   void launch(const KernelLaunch& l) override {
+    if (l.kernel == KernelId::kKeep) return launch_keep(l, stream_);
     if (is_nearest(l.kernel)) return launch_nearest(l, stream_);
     switch (l.precision) {
       case Precision::kFloat32: return launch_as<float>(l);
@@ -31,7 +32,7 @@ class Stream : public Queue {
       case KernelId::kFused:
         if constexpr (!std::is_same_v<S, float>) launch_fused<S>(l, stream_);
         return;
-      default: return;  // those of nearest.h have no precision
+      default: return;  // those of keeping.h and nearest.h have no precision
     }
   }
 
@@ -58,6 +59,12 @@ void project(const Program& program, const void* tables, const std::vector<Param
              const Schedule& schedule, const ProjectArgs& args, void* stream) {
   Stream queue(stream);
   project(queue, program, tables, parameters, schedule, args);
+}
+
+void project_keeping(const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+                     const KeepingSchedule& schedule, const ProjectArgs& args, int64_t* steps, void* stream) {
+  Stream queue(stream);
+  project_keeping(queue, program, tables, parameters, schedule, args, steps);
 }
 
 void decode(const Program& program, const void* tables, const std::vector<Parameter>& parameters,

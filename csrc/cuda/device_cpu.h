@@ -103,6 +103,13 @@ inline float shuffle_xor(float value, int mask, Site site = Site::here()) {
   std::memcpy(&value, &bits, sizeof(bits));
   return value;
 }
+inline double shuffle_xor(double value, int mask, Site site = Site::here()) {
+  uint32_t words[2];
+  std::memcpy(words, &value, sizeof(words));
+  for (uint32_t& word : words) word = execution::shuffle_xor(word, mask, site);
+  std::memcpy(&value, words, sizeof(words));
+  return value;
+}
 inline int32_t shuffle_from(int32_t value, int lane, Site site = Site::here()) {
   return static_cast<int32_t>(execution::shuffle_from(static_cast<uint32_t>(value), lane, site));
 }
@@ -135,5 +142,6 @@ inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, 
 inline float exponential(float x) { return std::exp(x); }
 inline float hyperbolic_tangent(float x) { return std::tanh(x); }
 inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 
 }  // namespace defgan::cuda

@@ -196,6 +196,7 @@ DEFGAN_DEVICE void sync_team(TeamBarrier* barrier, int blocks) {
 // ---- warp collectives
 
 DEFGAN_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEFGAN_DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
 // The value that lane `lane` has; the same lane for all.
 DEFGAN_DEVICE int32_t shuffle_from(int32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
@@ -265,5 +266,6 @@ DEFGAN_DEVICE float fused_multiply_add(float a, float b, float c) { return __fma
 DEFGAN_DEVICE float exponential(float x) { return __expf(x); }
 DEFGAN_DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
 DEFGAN_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
+DEFGAN_DEVICE double square_root(double x) { return __dsqrt_rn(x); }
 
 }  // namespace defgan::cuda

@@ -219,14 +219,28 @@ Schedule schedule_decoding(const Program& program, const Device& device, int64_t
 
 void project(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
              const Schedule& schedule, const ProjectArgs& args) {
+  pack_weights(queue, program, tables, parameters, schedule, args.workspace);
+  descend(queue, program, tables, schedule, args);
+}
+
+void pack_weights(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+                  const Schedule& schedule, void* workspace) {
+  const Program& exact = program.float32();
+  const Workspace w = lay_out(program, schedule, true);
+  char* const base = static_cast<char*>(workspace);
+  const char* const own_tables = static_cast<const char*>(tables);
+  const char* const exact_tables = own_tables + exact_tables_offset(program);
+  pack(queue, exact, exact_tables, parameters, schedule, base + w.exact_weights, base + w.exact_vectors);
+  if (&exact != &program) pack(queue, program, own_tables, parameters, schedule, base + w.weights, base + w.vectors);
+}
+
+void descend(Queue& queue, const Program& program, const void* tables, const Schedule& schedule,
+             const ProjectArgs& args) {
   const Program& exact = program.float32();
   const Workspace w = lay_out(program, schedule, true);
   char* const base = static_cast<char*>(args.workspace);
   const char* const own_tables = static_cast<const char*>(tables);
   const char* const exact_tables = own_tables + exact_tables_offset(program);
-
-  pack(queue, exact, exact_tables, parameters, schedule, base + w.exact_weights, base + w.exact_vectors);
-  if (&exact != &program) pack(queue, program, own_tables, parameters, schedule, base + w.weights, base + w.vectors);
 
   TeamParams p{};
   p.tables = own_tables;
@@ -241,7 +255,9 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   p.call.rows = int32_t(args.images_count * args.restarts);
   p.call.restarts = args.restarts;
   p.call.descent = args.descent;
+  p.call.velocities = args.velocities;
   p.call.latents = args.latents;
+  p.call.velocities_out = args.velocities_out;
   if (schedule.mapping == Mapping::kFused)
     run_fused(queue, program, p.weights, p.vectors, p.call, schedule.rows_in_flight);
   else
@@ -254,6 +270,7 @@ void project(Queue& queue, const Program& program, const void* tables, const std
   p.purpose = Purpose::kErrors;
   p.call.start = args.latents;
   p.call.start_per_image = 1;
+  p.call.velocities = nullptr;
   p.errors = args.errors;
   run_teams(queue, exact, p, schedule.exact_rows_in_flight, 1, schedule.exact_blocks);
 }

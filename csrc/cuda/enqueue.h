@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../descent.h"
+#include "../phases.h"
 #include "../plan.h"
 
 namespace defgan::cuda {
@@ -69,21 +70,37 @@ Schedule schedule_projection(const Program& program, const Device& device, int64
 Schedule schedule_decoding(const Program& program, const Device& device, int64_t rows, int64_t max_rows);
 
 struct ProjectArgs {
-  const float* images;   // device, [B, pixels]
-  const float* start;    // device, latents [R, k] or [B, R, k]
-  bool start_per_image;  // which of the two
-  int64_t images_count;  // B
-  int restarts;          // R
-  Descent descent;       // its rates on the device
-  void* workspace;       // device, schedule.workspace_bytes, 256-byte aligned, contents arbitrary
-  float* latents;        // device, out: [B, R, k]
-  float* errors;         // device, out: [B, R], mean squared error after the last step, evaluated in float32
+  const float* images;      // device, [B, pixels]
+  const float* start;       // device, latents [R, k] or [B, R, k]
+  bool start_per_image;     // which of the two
+  int64_t images_count;     // B
+  int restarts;             // R
+  Descent descent;          // its rates on the device
+  const float* velocities;  // device, [B, R, k], with which the descent goes on; nullptr: it begins
+  void* workspace;          // device, schedule.workspace_bytes, 256-byte aligned, contents arbitrary
+  float* latents;           // device, out: [B, R, k]
+  float* velocities_out;    // device, out: [B, R, k], or nullptr
+  float* errors;            // device, out: [B, R], mean squared error after the last step, evaluated in float32
 };
 
 // Enqueues a projection. `tables`: device copy of tables_of(program). `stream`: a cudaStream_t.
 // Throws std::runtime_error with CUDA's words where a launch is refused.
 void project(const Program& program, const void* tables, const std::vector<Parameter>& parameters,
              const Schedule& schedule, const ProjectArgs& args, void* stream);
+
+// How a projection of which only some rows go on will be carried out: each of its phases as it suits its rows.
+struct KeepingSchedule {
+  std::vector<Phase> phases;
+  std::vector<Schedule> schedules;  // of the phases
+  size_t workspace_bytes = 0;
+};
+KeepingSchedule schedule_keeping(const Program& program, const Device& device, int64_t images, int restarts, int steps,
+                                 const std::vector<Keep>& keep, int64_t max_rows, Mapping wanted);
+
+// Enqueues it. steps: device, out, [B, R], how many steps each row took. A dropped row has the latent and the error with
+// which it stopped. args.velocities and velocities_out must be nullptr.
+void project_keeping(const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+                     const KeepingSchedule& schedule, const ProjectArgs& args, int64_t* steps, void* stream);
 
 // images [count, pixels] = G(latents [count, k]), always in float32; all pointers on the device.
 void decode(const Program& program, const void* tables, const std::vector<Parameter>& parameters,

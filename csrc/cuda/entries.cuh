@@ -24,6 +24,7 @@ void launch_team(const KernelLaunch& launch, cudaStream_t stream);
 template <class S>
 void launch_fused(const KernelLaunch& launch, cudaStream_t stream);
 
+void launch_keep(const KernelLaunch& launch, cudaStream_t stream);
 void launch_nearest(const KernelLaunch& launch, cudaStream_t stream);
 
 }  // namespace defgan::cuda

@@ -408,12 +408,38 @@ struct Fused {
   }
 
   DEFGAN_DEVICE void start_latents(int first_row) const {
-    float z[4];
+    float z[4], velocity[4];
     static_for<4>([&](auto i) {
-      z[i] = starting_latent(p.call, first_row + lane % 4 * 2 + i % 2, channel_of(warp) + i / 2 * 8, G::kLatent);
+      const int row = first_row + lane % 4 * 2 + i % 2, channel = channel_of(warp) + i / 2 * 8;
+      z[i] = starting_latent(p.call, row, channel, G::kLatent);
+      velocity[i] = starting_velocity(p.call, row, channel, G::kLatent);
     });
     store_latents(Float4{z[0], z[1], z[2], z[3]});
-    store_shared(own(G::kVelocities), Float4{0, 0, 0, 0});
+    store_shared(own(G::kVelocities), Float4{velocity[0], velocity[1], velocity[2], velocity[3]});
+  }
+
+  // Scales every row's latent to the norm of the sphere. The tiles' sums lie where layer 1's output was, which nobody
+  // needs between a step's last product and the next step's second.
+  DEFGAN_DEVICE void scale_latents() const {
+    static_assert(kLatentTiles * 4 * sizeof(Double2) <= G::kMask0 - G::kMiddle, "the sums must fit");
+    Double2* const sums = reinterpret_cast<Double2*>(shared(G::kMiddle)) + lane % 4;
+    const bool has_latents = warp < kLatentTiles;
+    if (has_latents) {
+      const Float4 z = load_shared(own(G::kLatents));
+      const Double2 sum = squares_of_tile({z.x, z.y, z.z, z.w});
+      if (lane < 4) store_shared(sums + warp * 4, sum);
+    }
+    sync_block();
+    if (!has_latents) return;
+    Double2 total{0, 0};
+    static_for<kLatentTiles>([&](auto tile) {
+      const Double2 sum = load_shared(sums + tile * 4);
+      total.x += sum.x;
+      total.y += sum.y;
+    });
+    const double low = scale_to(p.call.descent.radius, total.x), high = scale_to(p.call.descent.radius, total.y);
+    const Float4 z = load_shared(own(G::kLatents));
+    store_latents(Float4{scaled(z.x, low), scaled(z.y, high), scaled(z.z, low), scaled(z.w, high)});
   }
 
   DEFGAN_DEVICE void update_latents(int step) const {
@@ -430,19 +456,24 @@ struct Fused {
   }
 
   DEFGAN_DEVICE void write_latents(int first_row) const {
-    const Float4 z = load_shared(own(G::kLatents));
-    const float latent[4] = {z.x, z.y, z.z, z.w};
+    const Float4 z = load_shared(own(G::kLatents)), v = load_shared(own(G::kVelocities));
+    const float latent[4] = {z.x, z.y, z.z, z.w}, velocity[4] = {v.x, v.y, v.z, v.w};
     static_for<4>([&](auto i) {
       const int row = first_row + lane % 4 * 2 + i % 2;
-      if (row < p.call.rows)
-        store_global(p.call.latents + int64_t(row) * G::kLatent + channel_of(warp) + i / 2 * 8, latent[i]);
+      const int64_t to = int64_t(row) * G::kLatent + channel_of(warp) + i / 2 * 8;
+      if (row < p.call.rows) {
+        store_global(p.call.latents + to, latent[i]);
+        if (p.call.velocities_out != nullptr) store_global(p.call.velocities_out + to, velocity[i]);
+      }
     });
   }
 
   DEFGAN_DEVICE void run() const {
     const int first_row = p.call.first_row + block_index() * kGroupRows;
     const bool has_latents = warp < kLatentTiles;
+    const bool on_sphere = p.call.descent.radius > 0;
     if (has_latents) start_latents(first_row);
+    if (on_sphere && p.call.velocities == nullptr) apart<&Fused::scale_latents>(params);
     for (int i = thread_index(); i < G::kZeroBytes / 16; i += kFusedThreads)
       store_shared(reinterpret_cast<Vec4*>(shared(G::kZero)) + i, Vec4{0, 0, 0, 0});
 
@@ -475,6 +506,7 @@ struct Fused {
       apart<&Fused::first_backward>(params);
       sync_block();
       if (has_latents) apart<&Fused::update_latents>(params, step);
+      if (on_sphere) apart<&Fused::scale_latents>(params);
     }
     if (has_latents) write_latents(first_row);
   }

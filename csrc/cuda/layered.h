@@ -80,7 +80,8 @@ struct Team {
         v[j] = starting_latent(p.call, row_of(group, row), channel, h.latent_size);
         if (channel < h.latent_size) {
           store_global(latent + channel * kGroupRows + row, v[j]);
-          store_global(velocity + channel * kGroupRows + row, 0.0f);
+          store_global(velocity + channel * kGroupRows + row,
+                       starting_velocity(p.call, row_of(group, row), channel, h.latent_size));
         }
       });
       Storage<S>::store(buffers(group) + input + chunk * Storage<S>::kBlockBytes, lane, v);
@@ -95,8 +96,61 @@ struct Team {
       const int r = row_of(group, row);
       if (r >= p.call.rows) continue;
       const float* latent = reinterpret_cast<const float*>(buffers(group) + h.latent);
-      store_global(p.call.latents + int64_t(r) * h.latent_size + channel,
-                   load_global(latent + channel * kGroupRows + row));
+      const int64_t to = int64_t(r) * h.latent_size + channel;
+      store_global(p.call.latents + to, load_global(latent + channel * kGroupRows + row));
+      if (p.call.velocities_out == nullptr) continue;
+      const float* velocity = reinterpret_cast<const float*>(buffers(group) + h.velocity);
+      store_global(p.call.velocities_out + to, load_global(velocity + channel * kGroupRows + row));
+    }
+  }
+
+  // Scales every row's latent to the norm of the sphere, a warp each group, tile by tile of 16 channels; slot: stage 0's.
+  DEFGAN_DEVICE_NOINLINE void scale_latents(int slot) const {
+    const Header& h = header();
+    const int64_t input = stage_in(slot).source;
+    const int lane = thread % kLanes, pair = lane % 4, tiles = (h.latent_size + 15) / 16;
+    for (int group = thread / kLanes; group < groups; group += threads / kLanes) {
+      Float2* const latents = reinterpret_cast<Float2*>(buffers(group) + h.latent) + pair;
+      const auto at = [&](int tile, int half) { return tile * 16 + lane / 4 + half * 8; };  // a channel
+      const auto load = [&](int tile, float (&z)[4]) {
+        static_for<2>([&](auto half) {
+          const int channel = at(tile, half);
+          const Float2 two = channel < h.latent_size ? load_global(latents + channel * (kGroupRows / 2)) : Float2{0, 0};
+          z[2 * half] = two.x, z[2 * half + 1] = two.y;
+        });
+        sync_warp();  // the lanes' paths differed
+      };
+      float z[4];
+      Double2 sum{0, 0};
+      for (int tile = 0; tile < tiles; ++tile) {
+        load(tile, z);
+        const Double2 part = squares_of_tile(z);
+        sum.x += part.x;
+        sum.y += part.y;
+      }
+      const double low = scale_to(p.call.descent.radius, sum.x), high = scale_to(p.call.descent.radius, sum.y);
+      for (int tile = 0; tile < tiles; ++tile) {
+        load(tile, z);
+        static_for<2>([&](auto half) {
+          z[2 * half] = scaled(z[2 * half], low), z[2 * half + 1] = scaled(z[2 * half + 1], high);
+          if (at(tile, half) < h.latent_size)
+            store_global(latents + at(tile, half) * (kGroupRows / 2), Float2{z[2 * half], z[2 * half + 1]});
+        });
+        sync_warp();
+        store_input(buffers(group) + input + tile / 2 * Storage<S>::kBlockBytes, tile % 2, lane, z);
+      }
+    }
+  }
+
+  // A tile's half of a block of the first layer's input.
+  DEFGAN_DEVICE static void store_input(char* block, int half, int lane, const float (&z)[4]) {
+    if constexpr (kTensor) {
+      const uint32_t low = transpose_8x8(pack2<S>(z[0], z[1])), high = transpose_8x8(pack2<S>(z[2], z[3]));
+      store_global(reinterpret_cast<Vec2*>(block + lane * 16 + half * 8), Vec2{low, high});
+    } else {
+      Float2* const to = reinterpret_cast<Float2*>(block) + (half * 16 + lane / 4) * (kGroupRows / 2) + lane % 4;
+      store_global(to, Float2{z[0], z[1]});
+      store_global(to + 8 * (kGroupRows / 2), Float2{z[2], z[3]});
     }
   }
 
@@ -356,6 +410,7 @@ struct Team {
 
   DEFGAN_DEVICE void run() const {
     const bool descend = p.purpose == Purpose::kDescend;
+    const bool on_sphere = descend && p.call.descent.radius > 0;
     const int stages = descend ? header().all_stages : header().forward_stages;
     bring_stage(0, 0);
     choose_all(stages);
@@ -363,6 +418,10 @@ struct Team {
     start();
     meet();
     int slot = 0;
+    if (on_sphere && p.call.velocities == nullptr) {
+      scale_latents(slot);
+      meet();
+    }
     for (int step = 0; step < (descend ? p.call.descent.steps : 1); ++step) {
       const float rate = descend ? load_constant(p.call.descent.rates + step) : 0.0f;
       for (int n = 0; n < stages; ++n) {
@@ -370,6 +429,10 @@ struct Team {
         run_stage(n, slot, rate);
         meet();
         slot = 1 - slot;
+      }
+      if (on_sphere) {
+        scale_latents(slot);
+        meet();
       }
     }
     if (descend) write_latents();

@@ -149,11 +149,39 @@ DEFGAN_DEVICE void momentum_step(float& latent, float& velocity, float gradient,
   latent = fused_multiply_add(-rate, velocity, latent);
 }
 
+// Sums over the channels of a tile of 16, for two rows.
+struct alignas(16) Double2 {
+  double x, y;
+};
+
+// The sums of a tile's squares. z: what this lane has of it as a C fragment, channels lane / 4 and 8 more (z[2], z[3]) of
+// the rows 2 (lane % 4) and one more; every lane gets the sums of its own two rows. A row's norm is the root of its
+// tiles' sums, added in order: the same bits in every mapping. In double they neither overflow nor vanish.
+DEFGAN_DEVICE Double2 squares_of_tile(const float (&z)[4]) {
+  const auto square = [](float x) { return double(x) * double(x); };
+  Double2 sum{square(z[0]) + square(z[2]), square(z[1]) + square(z[3])};
+  for (int mask = 4; mask < kLanes; mask *= 2) {
+    sum.x += shuffle_xor(sum.x, mask);
+    sum.y += shuffle_xor(sum.y, mask);
+  }
+  return sum;
+}
+
+// What scales a row with that sum of squares to the norm `radius`; a row of norm zero stays.
+DEFGAN_DEVICE double scale_to(float radius, double squares) {
+  return squares == 0 ? 1.0 : double(radius) / square_root(squares);
+}
+DEFGAN_DEVICE float scaled(float z, double scale) { return float(double(z) * scale); }
+
 // Rows beyond the last one are computed with zeros, so that they disturb nobody, and never written.
 DEFGAN_DEVICE float starting_latent(const Call& call, int row, int channel, int latent_size) {
   if (row >= call.rows || channel >= latent_size) return 0.0f;
   const int line = call.start_per_image ? row : row % call.restarts;
   return load_constant(call.start + int64_t(line) * latent_size + channel);
+}
+DEFGAN_DEVICE float starting_velocity(const Call& call, int row, int channel, int latent_size) {
+  if (call.velocities == nullptr || row >= call.rows || channel >= latent_size) return 0.0f;
+  return load_constant(call.velocities + int64_t(row) * latent_size + channel);
 }
 DEFGAN_DEVICE float target_pixel(const Call& call, int row, int pixel, int pixels) {
   return row < call.rows ? load_constant(call.images + int64_t(row / call.restarts) * pixels + pixel) : 0.0f;

@@ -9,7 +9,7 @@ namespace defgan::cuda {
 
 constexpr int kLanes = 32;  // a warp's threads
 constexpr int kPiece = 8;   // the numbers of a block of storage that belong to one lane
-constexpr int kPackThreads = 256, kTeamThreads = 256, kFusedThreads = 256;
+constexpr int kPackThreads = 256, kTeamThreads = 256, kFusedThreads = 256, kKeepThreads = 128;
 
 // What the stages read of the tables, in shared memory. While one stage runs, the next one's record is on its way.
 constexpr int kMaxChoices =
@@ -32,7 +32,9 @@ struct Call {
   int32_t restarts;
   int32_t start_per_image;
   Descent descent;
-  float* latents;  // out: [rows, k]
+  const float* velocities;  // [rows, k], with which the descent goes on; nullptr: it begins, with velocities of zero
+  float* latents;           // out: [rows, k]
+  float* velocities_out;    // out: [rows, k], or nullptr
 };
 
 struct PackParams {
@@ -72,6 +74,24 @@ struct FusedParams {
   int32_t linear_bias_stride;
   float gradient_scale;
   Call call;
+};
+
+// The end of a phase of a descent from which only some rows go on.
+struct KeepParams {
+  int32_t images, rows;  // rows of each image in the phase
+  int32_t kept;          // that go on; 0: none, it was the last phase
+  int32_t latent_size, restarts;
+  int32_t steps;  // that these rows have taken
+  // Of the phase's rows [images * rows]: where they are, and which restart each is (nullptr: they are in order).
+  const float *latents, *velocities, *errors;
+  const int32_t* restart;
+  int32_t *ranks, *places;  // working memory, [images * rows]
+  // out, [images * kept]: those that go on
+  float *next_latents, *next_velocities;
+  int32_t* next_restart;
+  // out, [images * restarts]: the phase's rows where they have stopped
+  float *all_latents, *all_errors;
+  int64_t* all_steps;
 };
 
 }  // namespace defgan::cuda

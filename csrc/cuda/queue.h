@@ -11,6 +11,7 @@ enum class KernelId {
   kPack,
   kTeam,
   kFused,
+  kKeep,  // of keeping.h
   // of nearest.h
   kCompareContent,
   kDecideStale,
@@ -42,6 +43,13 @@ class Queue {
 
 void project(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
              const Schedule& schedule, const ProjectArgs& args);
+void project_keeping(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+                     const KeepingSchedule& schedule, const ProjectArgs& args, int64_t* steps);
+// The two halves of `project`: weights are packed to the same places of the workspace whatever the schedule.
+void pack_weights(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
+                  const Schedule& schedule, void* workspace);
+void descend(Queue& queue, const Program& program, const void* tables, const Schedule& schedule,
+             const ProjectArgs& args);
 // wanted: on the device; where it is 0 when the kernels start, they leave images as they were. nullptr: always wanted.
 void decode(Queue& queue, const Program& program, const void* tables, const std::vector<Parameter>& parameters,
             const Schedule& schedule, const float* latents, int64_t count, void* workspace, float* images,

@@ -39,6 +39,8 @@ UNITS: list[tuple[str, list[str]]] = [
     ("execution/fiber.cpp", ["-O2"]),
     ("execution/driver.cpp", ["-O1"]),
     ("execution/driver_nearest.cpp", ["-O1"]),
+    ("execution/driver_keeping.cpp", ["-O1"]),
+    ("keeping.cpp", ["-O1"]),
     ("program.cpp", ["-O1"]),
     ("nearest_search.cpp", ["-O1"]),
     ("enqueue.cpp", ["-O1"]),
@@ -93,10 +95,11 @@ class KernelFailure(RuntimeError):
 
 @dataclass
 class Result:
-    """Holds a projection's latents [B, R, k] and errors [B, R], and how it was carried out."""
+    """Holds a projection's latents [B, R, k], errors and steps [B, R] (-1: not told), and how it was carried out."""
 
     latents: Tensor
     errors: Tensor
+    steps: Tensor
     mapping: str
     teams: int
     blocks_per_team: int
@@ -130,16 +133,20 @@ class Kernels:
         blocks: int = 2,
         max_rows: int = 0,
         seed: int = 0,
+        radius: float = 0.0,
+        keep: Sequence[tuple[int, int]] | None = None,
     ) -> Result:
         """Does what the op `project` does, on a pretended device of ``blocks`` multiprocessors.
 
-        ``seed`` decides the order in which threads run.
+        ``seed`` decides the order in which threads run. With ``keep`` it does what the op `project_keeping` does.
         """
         images, z0 = images.float().contiguous(), z0.float().contiguous()
         restarts, k = z0.shape[-2:]
         latents = torch.full((len(images), restarts, k), torch.nan)
         errors = torch.full((len(images), restarts), torch.nan)
+        steps = torch.full((len(images), restarts), -1)
         schedule = (ctypes.c_int * 3)()
+        pairs = () if keep is None else tuple(keep)
         self._call(
             "defgan_project",
             *self._generator(plan, precision, parameters),
@@ -150,14 +157,17 @@ class Kernels:
             (ctypes.c_float * max(len(rates), 1))(*rates),
             ctypes.c_int(len(rates)),
             ctypes.c_float(momentum),
+            ctypes.c_float(radius),
+            ctypes.c_int(-1 if keep is None else len(pairs)),
+            *((ctypes.c_int64 * max(len(pairs), 1))(*(pair[i] for pair in pairs)) for i in (0, 1)),
             ctypes.c_int(MAPPINGS.index(mapping)),
             ctypes.c_int(blocks),
             ctypes.c_int64(max_rows),
             ctypes.c_uint64(seed),
-            *self._pointers(latents, errors),
+            *self._pointers(latents, errors, steps),
             schedule,
         )
-        return Result(latents, errors, MAPPINGS[schedule[0]], schedule[1], schedule[2])
+        return Result(latents, errors, steps, MAPPINGS[schedule[0]], schedule[1], schedule[2])
 
     def decode(
         self,

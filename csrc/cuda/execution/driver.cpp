@@ -24,6 +24,8 @@ class CpuQueue : public Queue {
         [&] {
           if (is_nearest(l.kernel))
             run_nearest(l);
+          else if (l.kernel == KernelId::kKeep)
+            run_keep(l);
           else if (l.precision == Precision::kFloat32)
             run_float32(l);
           else if (l.precision == Precision::kFloat16)
@@ -96,25 +98,33 @@ extern "C" {
 const char* defgan_error() { return last_error.c_str(); }
 
 // precision: 0 float32, 1 float16, 2 bfloat16; mapping as in enqueue.h. seed 0: threads in order. Shapes as in
-// enqueue.h's ProjectArgs, all in host memory. schedule[3], out: mapping, teams, blocks of a team.
+// enqueue.h's ProjectArgs, all in host memory. schedule[3], out: mapping, teams, blocks of a team; of the first phase.
+// keep_count: of pairs of keep_steps and keep_rows, whose projection also tells how many steps each row took; -1: none,
+// and `taken` is not written.
 int defgan_project(const char* plan, int precision, const float* const* parameters, const int64_t* elements,
                    int parameter_count, const float* images, const float* start, int start_per_image,
-                   int64_t images_count, int restarts, const float* rates, int steps, float momentum, int mapping,
-                   int blocks, int64_t max_rows, uint64_t seed, float* latents, float* errors, int* schedule) {
+                   int64_t images_count, int restarts, const float* rates, int steps, float momentum, float radius,
+                   int keep_count, const int64_t* keep_steps, const int64_t* keep_rows, int mapping, int blocks,
+                   int64_t max_rows, uint64_t seed, float* latents, float* errors, int64_t* taken, int* schedule) {
   return guarded([&] {
     Generator g(plan, precision, parameters, elements, parameter_count);
     const int64_t rows = images_count * restarts, k = g.plan.latent_size();
-    const Schedule s = schedule_projection(*g.program, pretended_device(blocks), rows, max_rows, Mapping(mapping));
+    std::vector<Keep> keep;
+    for (int i = 0; i < keep_count; ++i) keep.push_back({keep_steps[i], keep_rows[i]});
+    const KeepingSchedule keeping = schedule_keeping(*g.program, pretended_device(blocks), images_count, restarts,
+                                                     steps, keep, max_rows, Mapping(mapping));
+    const Schedule& s = keeping.schedules.front();
     schedule[0] = int(s.mapping);
     schedule[1] = s.teams;
     schedule[2] = s.blocks_per_team;
-    Buffer workspace(s.workspace_bytes);
+    Buffer workspace(keep_count < 0 ? s.workspace_bytes : keeping.workspace_bytes);
     g.memory.add("workspace", workspace.data, workspace.size, false);
     g.memory.add("images", static_cast<const void*>(images), size_t(images_count * g.plan.image.elements()) * 4);
     g.memory.add("start", static_cast<const void*>(start), size_t(k) * 4 * size_t(start_per_image ? rows : restarts));
     g.memory.add("rates", static_cast<const void*>(rates), size_t(steps) * 4);
     g.memory.add("latents", latents, size_t(rows * k) * 4, false);
     g.memory.add("errors", errors, size_t(rows) * 4, false);
+    g.memory.add("steps", taken, size_t(rows) * 8, false);
     ProjectArgs args{};
     args.images = images;
     args.start = start;
@@ -124,11 +134,15 @@ int defgan_project(const char* plan, int precision, const float* const* paramete
     args.descent.rates = rates;
     args.descent.steps = steps;
     args.descent.momentum = momentum;
+    args.descent.radius = radius;
     args.workspace = workspace.data;
     args.latents = latents;
     args.errors = errors;
     CpuQueue queue(g.memory, seed);
-    project(queue, *g.program, g.tables->data, g.parameters, s, args);
+    if (keep_count < 0)
+      project(queue, *g.program, g.tables->data, g.parameters, s, args);
+    else
+      project_keeping(queue, *g.program, g.tables->data, g.parameters, keeping, args, taken);
   });
 }
 
