@@ -17,6 +17,7 @@
 
 #include "fused_convolution.h"
 #include "relu_masks.h"
+#include "sphere.h"
 
 namespace defgan::cuda {
 
@@ -422,24 +423,10 @@ struct Fused {
   // needs between a step's last product and the next step's second.
   DEFGAN_DEVICE void scale_latents() const {
     static_assert(kLatentTiles * 4 * sizeof(Double2) <= G::kMask0 - G::kMiddle, "the sums must fit");
-    Double2* const sums = reinterpret_cast<Double2*>(shared(G::kMiddle)) + lane % 4;
-    const bool has_latents = warp < kLatentTiles;
-    if (has_latents) {
-      const Float4 z = load_shared(own(G::kLatents));
-      const Double2 sum = squares_of_tile({z.x, z.y, z.z, z.w});
-      if (lane < 4) store_shared(sums + warp * 4, sum);
-    }
-    sync_block();
-    if (!has_latents) return;
-    Double2 total{0, 0};
-    static_for<kLatentTiles>([&](auto tile) {
-      const Double2 sum = load_shared(sums + tile * 4);
-      total.x += sum.x;
-      total.y += sum.y;
-    });
-    const double low = scale_to(p.call.descent.radius, total.x), high = scale_to(p.call.descent.radius, total.y);
-    const Float4 z = load_shared(own(G::kLatents));
-    store_latents(Float4{scaled(z.x, low), scaled(z.y, high), scaled(z.z, low), scaled(z.w, high)});
+    const bool mine = warp < kLatentTiles;
+    const Float4 z = mine ? load_shared(own(G::kLatents)) : Float4{0, 0, 0, 0};
+    const Float4 on = on_sphere<kLatentTiles>(z, p.call.descent.radius, reinterpret_cast<Double2*>(shared(G::kMiddle)));
+    if (mine) store_latents(on);
   }
 
   DEFGAN_DEVICE void update_latents(int step) const {
@@ -447,33 +434,26 @@ struct Fused {
     linear_backward(gradient);
     const float rate = load_constant(p.call.descent.rates + step);
     Float4 z = load_shared(own(G::kLatents)), velocity = load_shared(own(G::kVelocities));
-    momentum_step(z.x, velocity.x, gradient[0], p.gradient_scale, p.call.descent.momentum, rate);
-    momentum_step(z.y, velocity.y, gradient[1], p.gradient_scale, p.call.descent.momentum, rate);
-    momentum_step(z.z, velocity.z, gradient[2], p.gradient_scale, p.call.descent.momentum, rate);
-    momentum_step(z.w, velocity.w, gradient[3], p.gradient_scale, p.call.descent.momentum, rate);
+    momentum_step(z, velocity, gradient, p.gradient_scale, p.call.descent.momentum, rate);
     store_shared(own(G::kVelocities), velocity);
     store_latents(z);
   }
 
-  DEFGAN_DEVICE void write_latents(int first_row) const {
-    const Float4 z = load_shared(own(G::kLatents)), v = load_shared(own(G::kVelocities));
-    const float latent[4] = {z.x, z.y, z.z, z.w}, velocity[4] = {v.x, v.y, v.z, v.w};
+  DEFGAN_DEVICE void write(int first_row, int region, float* to) const {
+    const Float4 here = load_shared(own(region));
+    const float numbers[4] = {here.x, here.y, here.z, here.w};
     static_for<4>([&](auto i) {
       const int row = first_row + lane % 4 * 2 + i % 2;
-      const int64_t to = int64_t(row) * G::kLatent + channel_of(warp) + i / 2 * 8;
-      if (row < p.call.rows) {
-        store_global(p.call.latents + to, latent[i]);
-        if (p.call.velocities_out != nullptr) store_global(p.call.velocities_out + to, velocity[i]);
-      }
+      if (row < p.call.rows) store_global(to + int64_t(row) * G::kLatent + channel_of(warp) + i / 2 * 8, numbers[i]);
     });
   }
 
   DEFGAN_DEVICE void run() const {
     const int first_row = p.call.first_row + block_index() * kGroupRows;
     const bool has_latents = warp < kLatentTiles;
-    const bool on_sphere = p.call.descent.radius > 0;
+    const float radius = p.call.descent.radius;
     if (has_latents) start_latents(first_row);
-    if (on_sphere && p.call.velocities == nullptr) apart<&Fused::scale_latents>(params);
+    if (radius > 0 && p.call.velocities == nullptr) apart<&Fused::scale_latents>(params);
     for (int i = thread_index(); i < G::kZeroBytes / 16; i += kFusedThreads)
       store_shared(reinterpret_cast<Vec4*>(shared(G::kZero)) + i, Vec4{0, 0, 0, 0});
 
@@ -506,9 +486,10 @@ struct Fused {
       apart<&Fused::first_backward>(params);
       sync_block();
       if (has_latents) apart<&Fused::update_latents>(params, step);
-      if (on_sphere) apart<&Fused::scale_latents>(params);
+      if (radius > 0) apart<&Fused::scale_latents>(params);
     }
-    if (has_latents) write_latents(first_row);
+    if (has_latents) write(first_row, G::kLatents, p.call.latents);
+    if (has_latents && p.call.velocities_out) write(first_row, G::kVelocities, p.call.velocities_out);
   }
 };
 

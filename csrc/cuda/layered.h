@@ -8,6 +8,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "sphere.h"
 
 namespace defgan::cuda {
 
@@ -118,7 +119,6 @@ struct Team {
           const Float2 two = channel < h.latent_size ? load_global(latents + channel * (kGroupRows / 2)) : Float2{0, 0};
           z[2 * half] = two.x, z[2 * half + 1] = two.y;
         });
-        sync_warp();  // the lanes' paths differed
       };
       float z[4];
       Double2 sum{0, 0};
@@ -136,7 +136,7 @@ struct Team {
           if (at(tile, half) < h.latent_size)
             store_global(latents + at(tile, half) * (kGroupRows / 2), Float2{z[2 * half], z[2 * half + 1]});
         });
-        sync_warp();
+        sync_warp();  // the lanes' paths differed, and the transposition wants them together
         store_input(buffers(group) + input + tile / 2 * Storage<S>::kBlockBytes, tile % 2, lane, z);
       }
     }
@@ -410,7 +410,7 @@ struct Team {
 
   DEFGAN_DEVICE void run() const {
     const bool descend = p.purpose == Purpose::kDescend;
-    const bool on_sphere = descend && p.call.descent.radius > 0;
+    const bool scales = descend && p.call.descent.radius > 0;
     const int stages = descend ? header().all_stages : header().forward_stages;
     bring_stage(0, 0);
     choose_all(stages);
@@ -418,7 +418,7 @@ struct Team {
     start();
     meet();
     int slot = 0;
-    if (on_sphere && p.call.velocities == nullptr) {
+    if (scales && p.call.velocities == nullptr) {
       scale_latents(slot);
       meet();
     }
@@ -430,7 +430,7 @@ struct Team {
         meet();
         slot = 1 - slot;
       }
-      if (on_sphere) {
+      if (scales) {
         scale_latents(slot);
         meet();
       }

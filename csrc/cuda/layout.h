@@ -149,29 +149,13 @@ DEFGAN_DEVICE void momentum_step(float& latent, float& velocity, float gradient,
   latent = fused_multiply_add(-rate, velocity, latent);
 }
 
-// Sums over the channels of a tile of 16, for two rows.
-struct alignas(16) Double2 {
-  double x, y;
-};
-
-// The sums of a tile's squares. z: what this lane has of it as a C fragment, channels lane / 4 and 8 more (z[2], z[3]) of
-// the rows 2 (lane % 4) and one more; every lane gets the sums of its own two rows. A row's norm is the root of its
-// tiles' sums, added in order: the same bits in every mapping. In double they neither overflow nor vanish.
-DEFGAN_DEVICE Double2 squares_of_tile(const float (&z)[4]) {
-  const auto square = [](float x) { return double(x) * double(x); };
-  Double2 sum{square(z[0]) + square(z[2]), square(z[1]) + square(z[3])};
-  for (int mask = 4; mask < kLanes; mask *= 2) {
-    sum.x += shuffle_xor(sum.x, mask);
-    sum.y += shuffle_xor(sum.y, mask);
-  }
-  return sum;
+DEFGAN_DEVICE void momentum_step(Float4& z, Float4& velocity, const float (&gradient)[4], float scale, float momentum,
+                                 float rate) {
+  momentum_step(z.x, velocity.x, gradient[0], scale, momentum, rate);
+  momentum_step(z.y, velocity.y, gradient[1], scale, momentum, rate);
+  momentum_step(z.z, velocity.z, gradient[2], scale, momentum, rate);
+  momentum_step(z.w, velocity.w, gradient[3], scale, momentum, rate);
 }
-
-// What scales a row with that sum of squares to the norm `radius`; a row of norm zero stays.
-DEFGAN_DEVICE double scale_to(float radius, double squares) {
-  return squares == 0 ? 1.0 : double(radius) / square_root(squares);
-}
-DEFGAN_DEVICE float scaled(float z, double scale) { return float(double(z) * scale); }
 
 // Rows beyond the last one are computed with zeros, so that they disturb nobody, and never written.
 DEFGAN_DEVICE float starting_latent(const Call& call, int row, int channel, int latent_size) {
