@@ -38,23 +38,32 @@ class TwoLayers(torch.nn.Module):
 
 
 def by_hand(
-    generator: TwoLayers, x: np.ndarray, z: np.ndarray, rates: list[float], momentum: float
-) -> tuple[np.ndarray, float]:
-    """One row, x [24] and z [k]: its latent after the steps, and its error."""
+    generator: TwoLayers,
+    x: np.ndarray,
+    z: np.ndarray,
+    rates: list[float],
+    momentum: float,
+    radius: float = 0.0,
+    velocity: np.ndarray | None = None,
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """One row, x [24] and z [k]: its latent after the steps, its error, and its velocity."""
     w1, b1, w2, b2 = (p.detach().numpy() for p in generator.parameters())
-    velocity = np.zeros_like(z)
 
     def forward(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         before = w1 @ z + b1
         return before, 1 / (1 + np.exp(-(w2 @ np.maximum(before, 0) + b2)))
 
+    if velocity is None:
+        velocity = np.zeros_like(z)
+        z = z * (radius / np.sqrt(np.sum(z * z))) if radius else z
     for rate in rates:
         before, image = forward(z)
         to_image = 2 * (image - x) / x.size
         to_hidden = w2.T @ (to_image * image * (1 - image)) * (before > 0)
         velocity = momentum * velocity + w1.T @ to_hidden
         z = z - rate * velocity
-    return z, float(np.mean((forward(z)[1] - x) ** 2))
+        z = z * (radius / np.sqrt(np.sum(z * z))) if radius else z
+    return z, float(np.mean((forward(z)[1] - x) ** 2)), velocity
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def worst_difference(latents: torch.Tensor, errors: torch.Tensor, setting, momen
     for b, image in enumerate(images):
         for r in range(latents.shape[1]):
             start = z0[r] if z0.dim() == 2 else z0[b, r]
-            z, error = by_hand(generator, image.flatten().numpy(), start.numpy(), rates, momentum)
+            z, error, _ = by_hand(generator, image.flatten().numpy(), start.numpy(), rates, momentum)
             worst = max(
                 worst, float(np.abs(latents[b, r].numpy() - z).max()), abs(errors[b, r].item() - error)
             )
@@ -108,6 +117,64 @@ def test_wrong_descents_are_far_from_it(setting, wrong: str) -> None:
         scale = 24.0
     latents, errors = reference.project(generator, images, z0, [rate * scale for rate in rates], momentum)
     assert worst_difference(latents, errors, setting) > 1e-3
+
+
+@pytest.mark.parametrize("radius", [0.0, 1.7])
+@pytest.mark.parametrize("keep", [(), ((4, 2),), ((0, 3), (3, 2), (9, 1))], ids=["all", "once", "thrice"])
+def test_the_sphere_and_the_dropped_rows_by_hand(setting, radius: float, keep: reference.Keep) -> None:
+    """Rows ranked one by one in numpy, each descent resumed from its own latent and velocity."""
+    generator, images, _, rates = setting
+    z0 = torch.randn(4, 5, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    for max_rows in (None, 3):
+        found = reference.project_keeping(generator, images, z0, rates, 0.7, keep, max_rows, radius)
+        for b, image in enumerate(images):
+            x = image.flatten().numpy()
+            state = {r: (z0[r].numpy(), 0.0, None) for r in range(4)}
+            going, taken = list(range(4)), dict.fromkeys(range(4), 0)
+            for begin, (end, rows) in zip(
+                (0, *(end for end, _ in keep)), (*keep, (len(rates), 4)), strict=True
+            ):
+                for r in going:
+                    z, _, velocity = state[r]
+                    state[r] = by_hand(generator, x, z, rates[begin:end], 0.7, radius, velocity)
+                    taken[r] = end
+                going = sorted(sorted(going, key=lambda r: (state[r][1], r))[:rows])
+            for r in range(4):
+                np.testing.assert_allclose(found[0][b, r].numpy(), state[r][0], rtol=0, atol=1e-12)
+                assert abs(found[1][b, r].item() - state[r][1]) < 1e-12
+                assert found[2][b, r].item() == taken[r]
+
+
+@pytest.mark.parametrize(
+    ("errors", "kept", "going"),
+    [
+        ([0.3, 0.1, 0.2, 0.1], 2, [1, 3]),
+        ([0.1, 0.1, 0.1, 0.1], 2, [0, 1]),
+        ([math.nan, math.inf, 0.5, math.nan], 2, [1, 2]),
+        ([math.nan, math.nan, math.nan, math.nan], 1, [0]),
+        ([0.3, 0.1, 0.2, 0.1], 9, [0, 1, 2, 3]),
+    ],
+)
+def test_which_rows_go_on(errors: list[float], kept: int, going: list[int]) -> None:
+    rows = reference._least(torch.tensor([errors, [0.0, 1.0, 2.0, 3.0]]), kept)
+    assert rows[0].tolist() == going
+    assert rows[1].tolist() == [4 + r for r in range(min(kept, 4))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_sphere(dtype: torch.dtype) -> None:
+    """Each row by itself; zero stays zero, what is not finite does not become finite, and 0 leaves all as they are."""
+    rows = torch.tensor(
+        [[3.0, 4.0], [0.0, 0.0], [1e25, 0.0], [1e-30, 1e-30], [math.inf, 1.0], [math.nan, 1.0]], dtype=dtype
+    )
+    found = reference.on_sphere(rows, 2.0)
+    assert found.dtype == dtype
+    root = math.sqrt(2)
+    torch.testing.assert_close(
+        found[:4], torch.tensor([[1.2, 1.6], [0, 0], [2, 0], [root, root]], dtype=dtype)
+    )
+    assert found[4:].isnan().any(dim=1).all()
+    torch.testing.assert_close(reference.on_sphere(rows, 0.0), rows, rtol=0, atol=0, equal_nan=True)
 
 
 def test_starting_points_per_image(setting) -> None:

@@ -456,7 +456,6 @@ struct Fused {
     if (radius > 0 && p.call.velocities == nullptr) apart<&Fused::scale_latents>(params);
     for (int i = thread_index(); i < G::kZeroBytes / 16; i += kFusedThreads)
       store_shared(reinterpret_cast<Vec4*>(shared(G::kZero)) + i, Vec4{0, 0, 0, 0});
-
     for (int step = 0; step < p.call.descent.steps; ++step) {
       apart<&Fused::start_image>(params);
       sync_block();
