@@ -349,3 +349,31 @@ def test_compiled_and_exported_with_a_dynamic_batch(images: Tensor, seed: int | 
             assert compiled(x).shape == exported.module()(x).shape == expected.shape
     other = torch.compile(lambda x: projector.project(x, seed=5).latents, fullgraph=True, backend="aot_eager")
     assert torch.equal(other(images), projector.project(images, seed=5).latents)
+
+
+class Nearest(torch.utils.data.Dataset):
+    """Projects inside the worker."""
+
+    def __init__(self, projector: Projector, images: Tensor) -> None:
+        self.projector, self.images = projector, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.projector(self.images[i : i + 1])[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inside_forked_workers(images: Tensor, backend: str) -> None:
+    """The parent has decoded the candidates before the fork; the children find them, and decode after a change."""
+    projector = make_projector(backend=backend, radius="auto", **NEAREST)
+    for scale in (1.0, 0.5):
+        projector.generator.linear.weight.data.mul_(scale)
+        expected = projector(images) if scale == 1 else None
+        loader = torch.utils.data.DataLoader(
+            Nearest(projector, images), 2, num_workers=2, multiprocessing_context="fork", timeout=60
+        )
+        found = torch.cat(list(loader))
+        expected = projector(images) if expected is None else expected
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
