@@ -54,7 +54,7 @@ def test_unknown_command_is_wrong_use(capsys):
 MISTAKES = {
     "no data": (
         ["train", "gan", "--dataset", "mnist", "--root", "absent"],
-        "no such file: train-images-idx3-ubyte.gz of mnist; looked in absent, absent/mnist",
+        "(or unpacked, or mnist.npz) of mnist; looked in absent, absent/mnist",
     ),
     "settings": (
         ["train", "gan", "--dataset", "digits", "--steps", "0"],
