@@ -119,6 +119,9 @@ def _add_classifier(jobs: Any) -> None:
     )
     classifier.add_argument("--adversarial", type=float, help="train on FGSM examples of this epsilon, too")
     classifier.add_argument(
+        "--adversarial-steps", type=int, help="above 1: on PGD examples of so many steps instead (default: 1)"
+    )
+    classifier.add_argument(
         "--ema", type=float, help="decay of averaged weights, which are then saved (default: 0, none)"
     )
     classifier.add_argument(

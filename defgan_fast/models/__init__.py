@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from defgan_fast.models._layers import to_channels_last
-from defgan_fast.models.autoencoder import Autoencoder, Reformer
+from defgan_fast.models.autoencoder import Autoencoder
 from defgan_fast.models.classifier import Classifier
 from defgan_fast.models.critic import Critic
 from defgan_fast.models.generator import CelebaGenerator, Generator
@@ -22,7 +22,6 @@ __all__ = [
     "Classifier",
     "Critic",
     "Generator",
-    "Reformer",
     "build",
     "to_channels_last",
 ]

@@ -1,8 +1,5 @@
-"""MagNet's autoencoder and its reformer (Meng and Chen, 2017): the baseline that the paper compares with.
-
-The encoder is table 7 of the Defense-GAN paper, the decoder its mirror image. The reformer replaces an image
-by its reconstruction, with an autoencoder drawn at random from a collection for each image, so that an
-attacker does not know which one he attacks.
+"""MagNet's autoencoder (Meng and Chen, 2017): the encoder is table 7 of the Defense-GAN paper, the decoder its mirror
+image. What is made of a collection of them as a defence is in :mod:`defgan_fast.baselines`.
 """
 
 from __future__ import annotations
@@ -68,50 +65,3 @@ class Autoencoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
         return self.decoder(self.encoder(images))
-
-
-class Reformer(nn.Module):
-    """MagNet's defence: each image through one autoencoder of a collection, drawn at random.
-
-    Args:
-        members: at least one autoencoder, all for images of the same shape; put in eval mode.
-        seed: of the draws. An int: member i of the batch meets the same autoencoder at every call, so that
-            results can be repeated. None: a fresh draw at each call.
-
-    Raises:
-        ValueError: there is no member.
-
-    Example:
-        >>> defended = nn.Sequential(Reformer([first, second]), classifier)
-    """
-
-    def __init__(self, members: Sequence[nn.Module], seed: int | None = 0) -> None:
-        super().__init__()
-        if not members:
-            raise ValueError("members must hold at least one autoencoder, got none")
-        self.members = nn.ModuleList(members)
-        self.seed = seed
-        self.eval()
-
-    def train(self, mode: bool = True) -> Reformer:
-        """Stays in eval mode, as a defence must when an attack library switches modes."""
-        return super().train(False)
-
-    def choose(self, count: int) -> torch.Tensor:
-        """[count] int64, the member for each image."""
-        source = torch.Generator()
-        if self.seed is None:
-            source.seed()
-        else:
-            source.manual_seed(self.seed)
-        return torch.randint(len(self.members), (count,), generator=source)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, C, H, W] -> [N, C, H, W]; differentiable, with each image's own member."""
-        chosen = self.choose(len(images)).to(images.device)
-        result = torch.empty_like(images)
-        for index, member in enumerate(self.members):
-            rows = (chosen == index).nonzero().squeeze(1)
-            if len(rows):
-                result = result.index_copy(0, rows, member(images[rows]))
-        return result

@@ -1,9 +1,9 @@
 """Training of classifiers A to F: Adam at 1e-3, batches of 128, 10 epochs, as in the released code.
 
 The images are the data set's own (Defense-GAN-Orig in the paper), their reconstructions (-Rec), or both.
-Adversarial training averages the loss over clean images and FGSM examples made against the network as it is
-at that step. The optional changes of shape, contrast and noise are for the digits, whose training part is small;
-averaged weights are a departure from the recipe.
+Adversarial training averages the loss over clean images and FGSM examples (the paper's) or PGD examples (Madry et al.,
+ICLR 2018; what one would pick today) made against the network as it is at that step. The optional changes of shape,
+contrast and noise are for the digits, whose training part is small; averaged weights are a departure from the recipe.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from defgan_fast import arguments, models
-from defgan_fast.attacks import fgsm
+from defgan_fast.attacks import fgsm, pgd
 from defgan_fast.data import Dataset
 from defgan_fast.training import averaging
 from defgan_fast.training.augment import random_affine, random_corruption
@@ -29,9 +29,10 @@ SOURCES = ("images", "reconstructions", "both")
 class ClassifierSettings:
     """Everything that decides a training run, apart from the data and the number of threads.
 
-    ``on`` says what the images are: "images", "reconstructions" or "both". ``adversarial`` is FGSM's epsilon
-    (paper: 0.3 and 0.15), 0 for none. ``ema`` is the decay of the averaged weights, 0 for the last iterate (the
-    paper's). ``variant``: see :class:`defgan_fast.models.Classifier`.
+    ``on`` says what the images are: "images", "reconstructions" or "both". ``adversarial`` is FGSM's epsilon (paper:
+    0.3 and 0.15), 0 for none; ``adversarial_steps`` above 1 makes it PGD of so many steps from random points. ``ema``
+    is the decay of the averaged weights, 0 for the last iterate (the paper's). ``variant``: see
+    :class:`defgan_fast.models.Classifier`.
     """
 
     arch: str = "F"
@@ -42,12 +43,13 @@ class ClassifierSettings:
     augment: float = 0.0
     corrupt: float = 0.0
     adversarial: float = 0.0
+    adversarial_steps: int = 1
     ema: float = 0.0
     on: str = "images"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, ("epochs", "batch"))
+        check_settings(self, ("epochs", "batch", "adversarial_steps"))
         for name in ("augment", "corrupt", "adversarial"):
             arguments.number(name, getattr(self, name), least=0)
         arguments.number("ema", self.ema, least=0, below=1)
@@ -87,6 +89,9 @@ class ClassifierTrainer(EpochTrainer):
                 settings.arch, list(dataset.images.shape[1:]), classes, settings.variant
             ),
         )
+        if settings.adversarial_steps == 1:
+            # FGSM was all there was when older checkpoints were written, which have no such setting.
+            del self.settings["adversarial_steps"]
         self.labels = dataset.labels.to(self.device)
         self.average = averaging.copy_of(self.model) if settings.ema else None
 
@@ -126,4 +131,19 @@ class ClassifierTrainer(EpochTrainer):
 
     def _attack(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # Without dropout: the examples are to be those of the network that will be attacked.
-        return fgsm(self.model.eval(), images, labels, self.options.adversarial, self.value_range)
+        model, epsilon, steps = self.model.eval(), self.options.adversarial, self.options.adversarial_steps
+        if steps == 1:
+            return fgsm(model, images, labels, epsilon, self.value_range)
+        # Other starting points at every step, so that the network meets the whole ball and not one corner of it.
+        seed = self.options.seed + self.step
+        return pgd(
+            model,
+            images,
+            labels,
+            epsilon,
+            steps,
+            random_start=True,
+            seed=seed,
+            value_range=self.value_range,
+            early_stop=False,
+        )

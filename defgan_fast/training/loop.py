@@ -273,8 +273,9 @@ def _save(
 
 def _restore(trainer: Trainer, path: Path, evaluator: Evaluator | None) -> None:
     checkpoint = load_checkpoint(path)
-    for name, value in trainer.settings.items():
-        before = checkpoint["settings"].get(name)
+    # What only one of the two has differs, too.
+    for name in {**trainer.settings, **checkpoint["settings"]}:
+        value, before = trainer.settings.get(name), checkpoint["settings"].get(name)
         if before != value:
             raise ValueError(f"{path} was made with {name} {before!r}, got {name} {value!r}")
     bad = non_finite(named_tensors(checkpoint["trainer"]))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from defgan_fast import data, models
-from defgan_fast.attacks import fgsm
+from defgan_fast.attacks import fgsm, pgd
 from defgan_fast.evaluation.metrics import accuracy
 from defgan_fast.training.augment import random_affine, random_corruption
 from defgan_fast.training.batches import Batches
@@ -256,6 +256,20 @@ def test_adversarial_training_resists_its_attack():
     assert found[1] > found[0] + 0.3
 
 
+def test_adversarial_training_by_pgd_resists_pgd():
+    """On the digits, PGD at 0.1: the classifier that saw its examples keeps more than the plain one."""
+    train, held_out = data.load("digits"), data.load("digits", split="validation").first(100)
+    found = []
+    for epsilon in (0.0, 0.1):
+        settings = ClassifierSettings(arch="E", epochs=8, adversarial=epsilon, adversarial_steps=3)
+        trainer = ClassifierTrainer(settings, train, "hash")
+        for _ in range(settings.steps(len(train.images))):
+            trainer.advance()
+        attacked = pgd(trainer.model.eval(), *held_out, 0.1, 10)
+        found.append(accuracy(trainer.model, attacked, held_out.labels))
+    assert found[1] > found[0] + 0.2
+
+
 def test_magnet_learns_to_denoise():
     dataset = data.load("digits")
     images = dataset.images
@@ -263,37 +277,6 @@ def test_magnet_learns_to_denoise():
     errors = [float(trainer.advance()["reconstruction_error"]) for _ in range(60)]
     # The best constant image has an error of the images' variance.
     assert errors[-1] < 0.6 * images.var(0).mean() < errors[0]
-
-
-def test_reformer_draws_a_member_for_each_image():
-    class Constant(nn.Module):
-        def __init__(self, value):
-            super().__init__()
-            self.value = value
-
-        def forward(self, images):
-            return 0 * images + self.value
-
-    members = [Constant(0.25), Constant(0.75)]
-    images = torch.rand(60, 1, 4, 4, requires_grad=True)
-    reformer = models.Reformer(members, seed=3)
-    reformed = reformer(images)
-    first = reformed[:, 0, 0, 0]
-    assert set(first.tolist()) == {0.25, 0.75}
-    assert 15 < (first == 0.25).sum() < 45
-    assert torch.equal(reformed, reformer(images))
-    assert torch.equal(reformed[:10], reformer(images[:10]))
-    fresh = models.Reformer(members, seed=None)
-    assert not torch.equal(fresh(images), fresh(images))
-    assert not reformer.train().training
-    # Gradients pass through each image's own member, as an adaptive attack needs.
-    members = [models.Autoencoder(3, 2, (1, 8, 8)), models.Autoencoder(3, 2, (1, 8, 8))]
-    images = torch.rand(6, 1, 8, 8, requires_grad=True)
-    models.Reformer(members)(images).sum().backward()
-    assert images.grad is not None
-    assert (images.grad.flatten(1).abs().sum(1) > 0).all()
-    with pytest.raises(ValueError, match=r"members must hold at least one autoencoder, got none"):
-        models.Reformer([])
 
 
 def test_batches_visit_every_image_once_a_pass():
