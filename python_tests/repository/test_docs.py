@@ -130,12 +130,10 @@ def test_the_example_of_the_attacks_runs(capsys: pytest.CaptureFixture[str]):
     names = {"generator": load_generator("digits"), "classifier": load_classifier("digits").eval()}
     names |= {"images": test.images[:1], "labels": test.labels[:1]}
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "attacks.md").read_text(), re.DOTALL)
-    cheap = {"steps=50": "steps=2, restarts=1", "40, step_rule": "2, step_rule", "queries=200": "queries=3"}
-    for dear, quick in cheap.items():
-        assert dear in example
-        example = example.replace(dear, quick)
-    exec(compile(example, "attacks.md", "exec"), names)
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert "steps=50" in example
+    cheap = example.replace("steps=50", "steps=1, restarts=1")
+    exec(compile(cheap, "attacks.md", "exec"), names)
+    assert capsys.readouterr().out.count("is left when each image") == 2
 
 
 def test_every_experiment_is_dated_names_a_command_and_is_in_the_index():
