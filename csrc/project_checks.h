@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "phases.h"
+#include "legs.h"
 #include "plan.h"
 
 namespace defgan {

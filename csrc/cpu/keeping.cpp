@@ -1,4 +1,4 @@
-// Each phase is a projection of its own, of fewer rows, which goes on with the latents and velocities of the one before.
+// Each leg is a projection of its own, of fewer rows, which goes on with the latents and velocities of the one before.
 #include "keeping.h"
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 namespace defgan::cpu {
 namespace {
 
-// The rows of a phase, those of each image side by side.
+// The rows of a leg, those of each image side by side.
 struct Rows {
   std::vector<int> restart;                // which of the call's restarts each row is
   std::vector<float> latents, velocities;  // [row][k]
@@ -43,15 +43,15 @@ Rows best_rows(const Rows& before, const std::vector<float>& errors, int rows_be
 void project_keeping(const PackedGenerator& generator, const ProjectArgs& args, const std::vector<Keep>& keep,
                      int64_t* steps) {
   const int64_t k = generator.plan.latent_size();
-  const std::vector<Phase> phases = phases_of(args.descent.steps, args.restarts, keep);
+  const std::vector<Leg> legs = legs_of(args.descent.steps, args.restarts, keep);
   Rows rows;
   for (int64_t row = 0; row < args.images_count * args.restarts; ++row)
     rows.restart.push_back(int(row % args.restarts));
   std::vector<float> errors;
-  for (size_t n = 0; n < phases.size(); ++n) {
-    const Phase& phase = phases[n];
-    const int64_t count = args.images_count * phase.rows;
-    if (n > 0) rows = best_rows(rows, errors, phases[n - 1].rows, phase.rows, k);
+  for (size_t n = 0; n < legs.size(); ++n) {
+    const Leg& leg = legs[n];
+    const int64_t count = args.images_count * leg.rows;
+    if (n > 0) rows = best_rows(rows, errors, legs[n - 1].rows, leg.rows, k);
     ProjectArgs part = args;
     Rows after{rows.restart, std::vector<float>(size_t(count * k)), std::vector<float>(size_t(count * k))};
     errors.resize(size_t(count));
@@ -60,18 +60,18 @@ void project_keeping(const PackedGenerator& generator, const ProjectArgs& args, 
       part.start_per_image = true;
       part.velocities = rows.velocities.data();
     }
-    part.restarts = phase.rows;
-    part.descent.rates = args.descent.rates + phase.begin;
-    part.descent.steps = phase.end - phase.begin;
+    part.restarts = leg.rows;
+    part.descent.rates = args.descent.rates + leg.begin;
+    part.descent.steps = leg.end - leg.begin;
     part.latents = after.latents.data();
     part.velocities_out = after.velocities.data();
     part.errors = errors.data();
     project(generator, part);
     for (int64_t row = 0; row < count; ++row) {
-      const int64_t to = row / phase.rows * args.restarts + after.restart[size_t(row)];
+      const int64_t to = row / leg.rows * args.restarts + after.restart[size_t(row)];
       copy_line(after.latents.data(), row, args.latents, to, k);
       args.errors[to] = errors[size_t(row)];
-      steps[to] = phase.end;
+      steps[to] = leg.end;
     }
     rows = std::move(after);
   }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../phases.h"
+#include "../legs.h"
 #include "projection.h"
 
 namespace defgan::cpu {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../descent.h"
-#include "../phases.h"
+#include "../legs.h"
 #include "../plan.h"
 
 namespace defgan::cuda {
@@ -88,10 +88,10 @@ struct ProjectArgs {
 void project(const Program& program, const void* tables, const std::vector<Parameter>& parameters,
              const Schedule& schedule, const ProjectArgs& args, void* stream);
 
-// How a projection of which only some rows go on will be carried out: each of its phases as it suits its rows.
+// How a projection of which only some rows go on will be carried out: each of its legs as it suits its rows.
 struct KeepingSchedule {
-  std::vector<Phase> phases;
-  std::vector<Schedule> schedules;  // of the phases
+  std::vector<Leg> legs;
+  std::vector<Schedule> schedules;  // of the legs
   size_t workspace_bytes = 0;
 };
 KeepingSchedule schedule_keeping(const Program& program, const Device& device, int64_t images, int restarts, int steps,

@@ -1,4 +1,4 @@
-// A projection of which only some rows go on, as phases: each is a descent of its own, of fewer rows, from latents and
+// A projection of which only some rows go on, as legs: each is a descent of its own, of fewer rows, from latents and
 // velocities that the end of the one before has brought together. Nothing of it waits for the device.
 #include <algorithm>
 
@@ -8,8 +8,8 @@
 namespace defgan::cuda {
 namespace {
 
-// The workspace's parts, in order: that of a phase's descent, then what phases hand on. A phase reads `next` and writes
-// `ended`; what is kept of `ended` is the next phase's `next`.
+// The workspace's parts, in order: that of a leg's descent, then what legs hand on. A leg reads `next` and writes
+// `ended`; what is kept of `ended` is the next leg's `next`.
 struct Layout {
   size_t descent, ended_latents, ended_velocities, next_latents, next_velocities, errors, restarts[2], ranks, places,
       bytes;
@@ -23,9 +23,9 @@ Layout lay_out(const Program& program, const KeepingSchedule& s, int64_t images)
     return here;
   };
   size_t descent = 0;
-  for (const Schedule& phase : s.schedules) descent = std::max(descent, phase.workspace_bytes);
-  const int64_t rows = images * s.phases.front().rows, line = program.plan.latent_size() * 4;
-  const int64_t kept = s.phases.size() > 1 ? images * s.phases[1].rows : 0;  // at most
+  for (const Schedule& leg : s.schedules) descent = std::max(descent, leg.workspace_bytes);
+  const int64_t rows = images * s.legs.front().rows, line = program.plan.latent_size() * 4;
+  const int64_t kept = s.legs.size() > 1 ? images * s.legs[1].rows : 0;  // at most
   Layout l{};
   l.descent = take(int64_t(descent));
   l.ended_latents = take(rows * line);
@@ -45,9 +45,9 @@ Layout lay_out(const Program& program, const KeepingSchedule& s, int64_t images)
 KeepingSchedule schedule_keeping(const Program& program, const Device& device, int64_t images, int restarts, int steps,
                                  const std::vector<Keep>& keep, int64_t max_rows, Mapping wanted) {
   KeepingSchedule s;
-  s.phases = phases_of(steps, restarts, keep);
-  for (const Phase& phase : s.phases)
-    s.schedules.push_back(schedule_projection(program, device, images * phase.rows, max_rows, wanted));
+  s.legs = legs_of(steps, restarts, keep);
+  for (const Leg& leg : s.legs)
+    s.schedules.push_back(schedule_projection(program, device, images * leg.rows, max_rows, wanted));
   s.workspace_bytes = lay_out(program, s, images).bytes;
   return s;
 }
@@ -65,27 +65,27 @@ void project_keeping(Queue& queue, const Program& program, const void* tables, c
   part.latents = floats(l.ended_latents);
   part.velocities_out = floats(l.ended_velocities);
   part.errors = floats(l.errors);
-  for (size_t n = 0; n < schedule.phases.size(); ++n) {
-    const Phase& phase = schedule.phases[n];
-    const bool last = n + 1 == schedule.phases.size();
+  for (size_t n = 0; n < schedule.legs.size(); ++n) {
+    const Leg& leg = schedule.legs[n];
+    const bool last = n + 1 == schedule.legs.size();
     if (n > 0) {
       part.start = floats(l.next_latents);
       part.start_per_image = true;
       part.velocities = floats(l.next_velocities);
     }
-    part.restarts = phase.rows;
-    part.descent.rates = args.descent.rates + phase.begin;
-    part.descent.steps = phase.end - phase.begin;
+    part.restarts = leg.rows;
+    part.descent.rates = args.descent.rates + leg.begin;
+    part.descent.steps = leg.end - leg.begin;
     if (last) part.velocities_out = nullptr;
     descend(queue, program, tables, schedule.schedules[n], part);
 
     KeepParams p{};
     p.images = int32_t(args.images_count);
-    p.rows = phase.rows;
-    p.kept = last ? 0 : schedule.phases[n + 1].rows;
+    p.rows = leg.rows;
+    p.kept = last ? 0 : schedule.legs[n + 1].rows;
     p.latent_size = program.plan.latent_size();
     p.restarts = args.restarts;
-    p.steps = phase.end;
+    p.steps = leg.end;
     p.latents = part.latents;
     p.velocities = floats(l.ended_velocities);
     p.errors = part.errors;

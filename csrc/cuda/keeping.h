@@ -1,11 +1,11 @@
-// The end of a phase of a descent from which only some rows go on: a block takes an image, ranks its rows by their errors,
-// copies what they ended with to the call's results, and those that go on to where the next phase begins.
+// The end of a leg of a descent from which only some rows go on: a block takes an image, ranks its rows by their errors,
+// copies what they ended with to the call's results, and those that go on to where the next leg begins.
 //
 // A rank is the number of rows that come before, a place the number of rows before it that go on; both in global memory,
 // which the block's threads share.
 #pragma once
 
-#include "../phases.h"
+#include "../legs.h"
 #include "layout.h"
 
 namespace defgan::cuda {

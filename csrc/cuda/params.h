@@ -76,20 +76,20 @@ struct FusedParams {
   Call call;
 };
 
-// The end of a phase of a descent from which only some rows go on.
+// The end of a leg of a descent from which only some rows go on.
 struct KeepParams {
-  int32_t images, rows;  // rows of each image in the phase
-  int32_t kept;          // that go on; 0: none, it was the last phase
+  int32_t images, rows;  // rows of each image in the leg
+  int32_t kept;          // that go on; 0: none, it was the last leg
   int32_t latent_size, restarts;
   int32_t steps;  // that these rows have taken
-  // Of the phase's rows [images * rows]: where they are, and which restart each is (nullptr: they are in order).
+  // Of the leg's rows [images * rows]: where they are, and which restart each is (nullptr: they are in order).
   const float *latents, *velocities, *errors;
   const int32_t* restart;
   int32_t *ranks, *places;  // working memory, [images * rows]
   // out, [images * kept]: those that go on
   float *next_latents, *next_velocities;
   int32_t* next_restart;
-  // out, [images * restarts]: the phase's rows where they have stopped
+  // out, [images * restarts]: the leg's rows where they have stopped
   float *all_latents, *all_errors;
   int64_t* all_steps;
 };

@@ -35,7 +35,7 @@ class Bug:
 
 
 FUSED, CONVOLUTION, LAYERED = "fused.h", "fused_convolution.h", "layered.h"
-SPHERE, KEEPING, PHASES = "sphere.h", "keeping.h", "../phases.h"
+SPHERE, KEEPING, LEGS = "sphere.h", "keeping.h", "../legs.h"
 GEMM, PACKING = "gemm.h", "packing.h"
 BUGS = [
     # fused
@@ -302,7 +302,7 @@ BUGS = [
     ),
     Bug(
         "the last of equals kept",
-        PHASES,
+        LEGS,
         "? a < b :",
         "? (PLANTED ? a > b : a < b) :",
         "ties",

@@ -98,7 +98,7 @@ extern "C" {
 const char* defgan_error() { return last_error.c_str(); }
 
 // precision: 0 float32, 1 float16, 2 bfloat16; mapping as in enqueue.h. seed 0: threads in order. Shapes as in
-// enqueue.h's ProjectArgs, all in host memory. schedule[3], out: mapping, teams, blocks of a team; of the first phase.
+// enqueue.h's ProjectArgs, all in host memory. schedule[3], out: mapping, teams, blocks of a team; of the first leg.
 // keep_count: of pairs of keep_steps and keep_rows, whose projection also tells how many steps each row took; -1: none,
 // and `taken` is not written.
 int defgan_project(const char* plan, int precision, const float* const* parameters, const int64_t* elements,

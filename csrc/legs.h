@@ -1,4 +1,4 @@
-// Which rows take which steps. After some steps only the best rows of each image go on: a descent is a few phases, each
+// Which rows take which steps. After some steps only the best rows of each image go on: a descent is a few legs, each
 // with a number of rows that is known beforehand, and between two of them every image's rows are ranked.
 #pragma once
 
@@ -14,20 +14,20 @@ struct Keep {
 };
 
 // `rows` rows of each image take the steps [begin, end).
-struct Phase {
+struct Leg {
   int32_t begin, end, rows;
 };
 
 // Steps of `keep` rise and lie in [0, steps), its rows are at least 1. Where no more rows are left than are to be kept,
-// nobody is dropped, and no phase ends.
-inline std::vector<Phase> phases_of(int32_t steps, int32_t restarts, const std::vector<Keep>& keep) {
-  std::vector<Phase> phases = {{0, steps, restarts}};
+// nobody is dropped, and no leg ends.
+inline std::vector<Leg> legs_of(int32_t steps, int32_t restarts, const std::vector<Keep>& keep) {
+  std::vector<Leg> legs = {{0, steps, restarts}};
   for (const Keep& k : keep) {
-    if (k.rows >= phases.back().rows) continue;
-    phases.back().end = int32_t(k.step);
-    phases.push_back({int32_t(k.step), steps, int32_t(k.rows)});
+    if (k.rows >= legs.back().rows) continue;
+    legs.back().end = int32_t(k.step);
+    legs.push_back({int32_t(k.step), steps, int32_t(k.rows)});
   }
-  return phases;
+  return legs;
 }
 
 // Whether the row `a` with its error comes before the row `b`: NaN is last, the lowest index first among equals.
