@@ -330,7 +330,7 @@ BUGS = [
         "for (int j = 0; j < p.rows; ++j) rank +=",
         "for (int j = 0; j < p.rows - PLANTED; ++j) rank +=",
         "ties",
-        (VALUES, OUT_OF_BOUNDS),
+        (VALUES, OUT_OF_BOUNDS, RACE),
     ),
     Bug(
         "pieces of a matrix, one too many",

@@ -141,7 +141,7 @@ def projection(case: str) -> Projection:
         z0 = torch.randn(restarts, k) / 8
         precision, mapping, blocks = "float16", "fused", 1
         if case == "fused on a sphere":
-            radius, keep = 8.0, ((1, 2),)
+            radius, keep = 4.0, ((1, 2),)
     else:
         family = FAMILIES_OF[case]
         made = make_case(family, images=3, restarts=4)
