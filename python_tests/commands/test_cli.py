@@ -22,7 +22,7 @@ def run(capsys, *words):
 def test_help_lists_every_command(capsys):
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for name in ("demo", "train", "info", "bench"):
+    for name in commands.COMMANDS:
         assert f"\n    {name} " in out
 
 
