@@ -176,14 +176,17 @@ def test_the_command(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         (["tune"], "--generator or --dataset must be given"),
         (
             [*words[:2], "own_factory:wrong", *words[3:]],
-            "must name a function that returns an nn.Module, got int",
+            "--generator must make a torch.nn.Module, got int from own_factory:wrong",
         ),
         (
             [*words[:2], "own_factory:none", *words[3:]],
             r"--generator must be module:factory, got own_factory:none",
         ),
         ([*words[:4], "other.npy"], "no such file: other.npy"),
-        ([*words[:4], "own_factory.py"], "--images must be a .npy or .pt file"),
+        (
+            [*words[:4], "own_factory.py"],
+            "own_factory.py must be a folder or end in .npy, .npz, .pt, .safetensors",
+        ),
     ):
         assert commands.main(wrong) == 2
         error = capsys.readouterr().err

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -84,33 +81,3 @@ def load_network(kind: str, dataset: str, given: Path | None) -> nn.Module:
         f"no {kind} for {dataset} at hand (none is shipped, no such file: {trained}); train one with: "
         f"defgan-fast train {job} --dataset {dataset}{recipes.QUICK[job]}, or give one with --{kind} FILE"
     )
-
-
-def load_generator(text: str) -> nn.Module:
-    """Loads the generator that was asked for.
-
-    Args:
-        text: "module:factory", where the factory takes no arguments and returns the module, and the module is one of
-            the current folder or an installed one; the path of a weight file; or the name of a shipped generator.
-
-    Raises:
-        ValueError: there is no such module or factory, or it does not return an `nn.Module`.
-        FileNotFoundError: there is no such file.
-    """
-    module_name, colon, factory_name = text.partition(":")
-    if not colon or Path(text).exists():
-        return weights.load_generator(text)
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        found = getattr(importlib.import_module(module_name), factory_name)()
-    except Exception as error:
-        raise ValueError(
-            f"--generator must be module:factory, got {text} ({type(error).__name__}: {error})"
-        ) from error
-    if not isinstance(found, nn.Module):
-        raise ValueError(
-            f"--generator must name a function that returns an nn.Module, got {type(found).__name__}"
-        )
-    return found.eval()
