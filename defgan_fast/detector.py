@@ -8,12 +8,15 @@ per attack would use knowledge that a defender does not have.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import arguments
 from .projector import Projector
+
+NO_THRESHOLD = "the detector has no threshold yet: call fit(clean_images) first"
 
 
 class Detector(nn.Module):
@@ -23,7 +26,7 @@ class Detector(nn.Module):
         projector: the projector whose errors are the score.
 
     Attributes:
-        threshold: [] float32, part of the state; NaN until `fit`.
+        threshold: [] float32, part of the state, in any conversion of the module's dtype; NaN until `fit`.
 
     Example:
         >>> detector = Detector(projector).fit(clean_images, fpr=0.05)
@@ -38,6 +41,13 @@ class Detector(nn.Module):
             raise TypeError(f"projector must be a Projector, got {type(projector).__name__}")
         self.projector = projector
         self.register_buffer("threshold", torch.tensor(math.nan))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Detector:
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != threshold.dtype:  # converting the networks must not round it
+            self.threshold = threshold.to(self.threshold.device)
+        return self
 
     def fit(self, clean_images: Tensor, fpr: float = 0.05) -> Detector:
         """Sets the threshold to the least score that at most a fraction `fpr` of the clean images exceed.
@@ -70,8 +80,12 @@ class Detector(nn.Module):
 
     def predict(self, images: Tensor) -> Tensor:
         """Returns which images are attacks, [B, C, H, W] -> [B] bool; raises RuntimeError before `fit`."""
-        if torch.isnan(self.threshold):
-            raise RuntimeError("the detector has no threshold yet: call fit(clean_images) first")
+        if torch.compiler.is_compiling():
+            torch._assert_async(
+                ~torch.isnan(self.threshold), NO_THRESHOLD
+            )  # a graph cannot branch on a value
+        elif torch.isnan(self.threshold):
+            raise RuntimeError(NO_THRESHOLD)
         # Written so that a row that overflowed to NaN counts as an attack.
         return ~(self.score(images) <= self.threshold)
 

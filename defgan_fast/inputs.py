@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .finite import non_finite
+from .operators import can_be_read
 from .precisions import name_of
 
 # What attacks that meet one unusable image of a batch need to know.
@@ -41,6 +42,8 @@ def check_images(images: Any, expected: Sequence[int] | None, name: str, device:
         check_shape(images, expected, name)
     if device is not None and images.device != device:
         raise ValueError(f"images must be on the generator's device ({device}), got {images.device}")
+    if images.is_meta:
+        raise ValueError("images must have values, got a tensor of the meta device")
 
 
 def check_shape(images: Tensor, expected: Sequence[int], name: str) -> None:
@@ -127,8 +130,7 @@ def check_errors(errors: Tensor, generator: nn.Module) -> None:
     Raises:
         ValueError: see :func:`check_generator`.
     """
-    plain = not torch.compiler.is_compiling() and type(errors) is Tensor and errors.device.type == "cpu"
-    if plain and not torch.isfinite(errors).all():
+    if errors.device.type == "cpu" and can_be_read(errors) and not torch.isfinite(errors).all():
         check_generator(generator)
 
 

@@ -84,7 +84,7 @@ class Origins(Settings):
 
     latent_size: int | None
     _plan: Plan | None
-    _warned_of_fewer: bool
+    _warned: set[str]  # of what; DataParallel's copies share it
     # Not buffers: converting the module's dtype must not round them, and they are not state.
     _latents: Tensor | None
     _latents_of: Origin | None
@@ -98,8 +98,14 @@ class Origins(Settings):
         """Draws the latents that the projector's own seed gives, unless they are at hand."""
         origin = self._origin(self.seed)
         if origin is not None and origin != self._latents_of:
-            self._latents = origin.draw().to(self._device() or "cpu")
+            self._latents = origin.draw()
             self._latents_of = origin
+            self._place_latents()
+
+    def _place_latents(self) -> None:
+        """Moves latents to the generator's device. On "meta" they would be lost, and they follow the images later."""
+        if self._latents is not None and not self._is_meta():
+            self._latents = self._latents.to(self._device() or "cpu")
 
     def _origin(self, seed: int | None) -> Origin | None:
         """Returns what the latents of a seed depend on; None where none are drawn by a seed."""
@@ -120,8 +126,8 @@ class Origins(Settings):
             raise ValueError(f"candidates must have shape [N, {self.latent_size}], got {list(own.shape)}")
         count = len(given) if isinstance(given, Tensor) else given
         used = that_fit(count, image_shape, self.restarts)
-        if used < count and not self._warned_of_fewer and not torch.compiler.is_compiling():
-            self._warned_of_fewer = True
+        if used < count and "fewer" not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add("fewer")
             warnings.warn(
                 f"candidates: {used} of {count} are used, whose decoded images take 200 MB", stacklevel=5
             )
@@ -132,7 +138,7 @@ class Origins(Settings):
         if z0 is not None:
             return z0
         if self.starts == "nearest" and self._own_candidates is not None:
-            return self._own_candidates
+            return self._own_candidates.to(images.device)
         if self.latent_size is None:
             raise ValueError(
                 f"{self._no_latent_size()}: pass z0 or latent_size, or give it such an attribute"
@@ -143,5 +149,5 @@ class Origins(Settings):
                 images.shape[0], self.restarts, self.latent_size, images.device, self.start_std
             )
         if origin == self._latents_of and self._latents is not None:
-            return self._latents
+            return self._latents.to(images.device)
         return origin.draw_in_graph().to(images.device)

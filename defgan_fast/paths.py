@@ -6,7 +6,7 @@ Both answer the same three questions, so that what surrounds them is written onc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from . import gradients, precisions, reference
 from .kernels import ops
-from .plan import Plan, structure_of
+from .operators import outside_of_transforms
+from .plan import Plan, structure_of, tensors_of
 from .reference import Descent
 
 _DECODED = 2
@@ -110,9 +111,10 @@ class KernelPath:
         self, images: Tensor, reconstruction: Tensor, z0: Tensor, descent: Descent, steps: Tensor | None
     ) -> Tensor:
         lr_schedule, momentum, radius, _ = descent
-        return gradients.unrolled(
+        tied: Tensor = gradients.unrolled(
             images, reconstruction, z0, self.parameters, self.plan, lr_schedule, momentum, radius, steps
         )
+        return tied
 
 
 class ReferencePath:
@@ -126,6 +128,7 @@ class ReferencePath:
         image_shape: (C, H, W) of the images.
         device: "cpu" or "cuda".
         max_rows: rows in flight at most; None keeps working memory near 200 MB.
+        check: raises where the values of images and starting points do not fit; None: they are not looked at.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class ReferencePath:
         image_shape: Sequence[int],
         device: str,
         max_rows: int | None,
+        check: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         self.generator = generator
         self.takes_maps = takes_maps
@@ -143,24 +147,34 @@ class ReferencePath:
         self.layers = precisions.DTYPES.get(precision, self.dtype)
         self.image_shape = tuple(image_shape)
         self.device = device
+        self.check = check
         self.max_rows = max_rows or reference.rows_that_fit(image_shape)
 
     def descend(self, images: Tensor, start: Tensor, descent: Descent) -> Descended:
-        targets, z0 = images.detach().to(self.dtype), start.detach().to(self.dtype)
         lr_schedule, momentum, radius, keep = descent
-        found = reference.project_keeping(
-            self._decoder, targets, z0, lr_schedule, momentum, keep, self.max_rows, radius
-        )
-        return Descended(*found)
+
+        def project(images: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if self.check is not None:
+                self.check(images, start)
+            targets, z0 = images.to(self.dtype), start.to(self.dtype)
+            return reference.project_keeping(
+                self._decoder, targets, z0, lr_schedule, momentum, keep, self.max_rows, radius
+            )
+
+        each = start.expand(len(images), -1, -1) if start.dim() == 2 else start
+        return Descended(*outside_of_transforms(project, images.detach(), each.detach()))
 
     @torch.no_grad()
     def nearest(self, images: Tensor, candidates: Tensor, restarts: int, draws: Tensor | None) -> Tensor:
-        return reference.nearest(images, self._images_of_candidates(candidates), restarts, draws)
+        known = self._images_of_candidates(candidates)
+        return outside_of_transforms(
+            lambda images, draws: reference.nearest(images, known, restarts, draws), images.detach(), draws
+        )
 
     def _images_of_candidates(self, candidates: Tensor) -> Tensor:
         """Returns the images of candidates [N, k], which are decoded once for each state of the generator."""
         global _decoded
-        tensors = (*self.generator.parameters(), *self.generator.buffers(), candidates)
+        tensors = (*tensors_of(self.generator), candidates)
         state = (structure_of(self.generator), self.layers, _content_of(tensors))
         for known, images in _decoded:
             if known == state:
@@ -172,8 +186,11 @@ class ReferencePath:
         _decoded = [(state, images), *_decoded][:_DECODED]
         return images
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        return outside_of_transforms(self._decode, latents)
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
         if not len(latents):  # many modules refuse an empty batch
             return latents.new_empty(0, *self.image_shape)
         return self._decoder(latents)
@@ -198,6 +215,38 @@ class ReferencePath:
         return tied
 
 
+def tie(
+    gradient: str,
+    path: Path,
+    images: Tensor,
+    reconstruction: Tensor,
+    descent: Descent,
+    z0: Tensor,
+    steps: Tensor | None,
+) -> Tensor:
+    """Returns reconstructions with the gradient that a projector's `gradient` promises.
+
+    Who records a graph may differentiate it later, so this does not depend on what the images require now.
+
+    Args:
+        gradient: "straight_through", "unrolled" or "none".
+        path: that has made the reconstructions.
+        images: [N, C, H, W].
+        reconstruction: [N, C, H, W].
+        descent: the settings of the descent.
+        z0: where each row began, [N, k].
+        steps: how many steps each row took, [N]; None: all of them.
+    """
+    tied: Tensor
+    if gradient == "straight_through":
+        tied = gradients.straight_through(images, reconstruction)
+    elif gradient == "none":
+        tied = gradients.no_gradient(images, reconstruction, gradients.NO_GRADIENT_MESSAGE)
+    else:
+        tied = path.unrolled(images, reconstruction, z0.detach(), descent, steps)
+    return tied
+
+
 def _single(tensor: Tensor) -> Tensor:
     """Returns a float64 tensor as float32, which the kernels take; any other one as it is."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
@@ -205,7 +254,7 @@ def _single(tensor: Tensor) -> Tensor:
 
 def dtype_of(generator: nn.Module) -> torch.dtype | None:
     """Returns the dtype of a generator's parameters, None where it has none that are floating point."""
-    return next((p.dtype for p in generator.parameters() if p.is_floating_point()), None)
+    return next((p.dtype for p in tensors_of(generator) if p.is_floating_point()), None)
 
 
 def _content_of(tensors: Iterable[Tensor]) -> tuple[object, ...]:

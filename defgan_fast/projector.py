@@ -6,6 +6,7 @@ for each call the precision, the starting points and how the gradient flows; the
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import arguments, gradients, inputs, origins, reference, tuning
+from . import arguments, inputs, origins, reference, tuning
 from .kernels import extension, ops
 from .origins import Origins
-from .paths import KernelPath, Path, ReferencePath
-from .plan import LoweringError, Plan, latent_size_of, lower, structure_of, takes_maps
+from .paths import KernelPath, Path, ReferencePath, tie
+from .plan import LoweringError, Plan, latent_size_of, lower, structure_of, takes_maps, tensors_of
 from .plan.activations import range_of_last
 from .plan.latents import LARGEST, check_takes_latents_alone, failure_with
 from .settings import FAST
+from .surroundings import check_training_in_parallel, warn_of_another_range
 
 
 class Projection(NamedTuple):
@@ -137,7 +139,7 @@ class Projector(Origins):
         self._given_size = latent_size
         if latent_size is not None:
             self._given_size = arguments.count("latent_size", latent_size, most=LARGEST)
-        self._warned = self._warned_of_fewer = False
+        self._warned = set()
         self._read_generator()
 
     @classmethod
@@ -203,7 +205,7 @@ class Projector(Origins):
             raise ValueError(f"latent_size must be one that the generator takes: {failure}")
         self._takes_maps = self.latent_size is not None and takes_maps(generator, self.latent_size)
         self._plan, self._reason, self._range = self._lower()
-        self._read = (backend, structure_of(generator))
+        self._read = (backend, self._is_meta(), structure_of(generator))
         # Not buffers: converting the module's dtype must not round them, and they are not state.
         self._latents, self._latents_of = None, None
         self._draw()
@@ -213,6 +215,11 @@ class Projector(Origins):
         try:
             if self.latent_size is None:
                 raise LoweringError(self._no_latent_size())
+            if self._is_meta():
+                name = type(self.generator).__name__
+                raise LoweringError(
+                    f"generator {name} is on the meta device, where it has no values to check by"
+                )
             plan = lower(self.generator, self.latent_size)
         except LoweringError as error:
             if self.backend in ("cpu", "cuda"):
@@ -227,13 +234,13 @@ class Projector(Origins):
     def _notice_changes(self) -> None:
         """Reads the generator anew where a layer, a setting, a hook or the backend has changed since.
 
-        A compiled or exported graph is a snapshot by nature, and is not asked.
+        A compiled or exported graph is a snapshot by nature, and a copy of DataParallel's was made of what is asked.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or getattr(self, "_is_replica", False) or self._is_meta():
             return
         if self._checked != self._all_settings():
             self._check_settings()
-        if self._read != (self.backend, structure_of(self.generator)):
+        if self._read != (self.backend, self._is_meta(), structure_of(self.generator)):
             self._read_generator()
         else:
             self._draw()
@@ -274,6 +281,7 @@ class Projector(Origins):
             TypeError: images or z0 are no tensors of a floating dtype.
             ValueError: shapes, devices or values do not fit; the message names the argument.
         """
+        check_training_in_parallel(self.generator)
         self._notice_changes()
         self._check(images, z0)
         seed = arguments.seed(seed)
@@ -298,13 +306,13 @@ class Projector(Origins):
             decoded = path.decode(latents.flatten(0, 1)).to(images.dtype)
             repeated = images.repeat_interleave(errors.shape[1], 0)
             taken = None if steps is None else steps.flatten()
-            every_image = self._tie(path, repeated, decoded, descent, start.flatten(0, 1), taken)
+            every_image = tie(self.gradient, path, repeated, decoded, descent, start.flatten(0, 1), taken)
             every_image = every_image.unflatten(0, errors.shape)
             reconstruction = _pick(decoded.unflatten(0, errors.shape), chosen)
         else:
             reconstruction = path.decode(best).to(images.dtype)
         taken = None if steps is None else _pick(steps, chosen)
-        reconstruction = self._tie(path, images, reconstruction, descent, begun, taken)
+        reconstruction = tie(self.gradient, path, images, reconstruction, descent, begun, taken)
         return Projection(reconstruction, best, _pick(errors, chosen), chosen, errors, every_image)
 
     def precision_for(self, images: Tensor) -> str:
@@ -334,27 +342,6 @@ class Projector(Origins):
 
     # --- the steps of a call ----------------------------------------------------------------------------
 
-    def _tie(
-        self,
-        path: Path,
-        images: Tensor,
-        reconstruction: Tensor,
-        descent: reference.Descent,
-        z0: Tensor,
-        steps: Tensor | None,
-    ) -> Tensor:
-        """Returns reconstructions with the gradient that `gradient` promises: images, z0 [N, k] and steps [N] of each.
-
-        steps is None where all rows take all steps.
-        """
-        if not (images.requires_grad and torch.is_grad_enabled()):
-            return reconstruction
-        if self.gradient == "straight_through":
-            return gradients.straight_through(images, reconstruction)
-        if self.gradient == "none":
-            return gradients.no_gradient(images, reconstruction)
-        return path.unrolled(images, reconstruction, z0, descent, steps)
-
     def _nearest(self, path: Path, images: Tensor, candidates: Tensor, draws: Tensor | None) -> Tensor:
         """Returns the starting points of each image, [B, R, k]: the candidates whose images are nearest to it."""
         used = self._fitting(images.shape[1:])
@@ -372,15 +359,20 @@ class Projector(Origins):
             raise ValueError(
                 'precision must be "float32" or "bfloat16" on the CPU, got "float16": use "bfloat16"'
             )
+        if validate:
+            warn_of_another_range(images, self._range, self._warned)
         reason = self._why_reference(images.device)
         if self._plan is not None and reason is None:
             return KernelPath(self._plan, self.generator, precision, self.max_rows, validate)
         # Importing the package has warned where there are no kernels, and float64 is there to be exact.
-        if self.backend == "auto" and ops.kernels_available and not self._is_double() and not self._warned:
-            self._warned = True
+        if (
+            self.backend == "auto"
+            and ops.kernels_available
+            and not self._is_double()
+            and "path" not in self._warned
+        ):
+            self._warned.add("path")
             warnings.warn(f"running on the reference path: {reason}", stacklevel=4)
-        if validate:
-            inputs.check_values(images, start, self._range)
         path = ReferencePath(
             self.generator,
             self._takes_maps,
@@ -388,6 +380,7 @@ class Projector(Origins):
             images.shape[1:],
             images.device.type,
             self.max_rows,
+            functools.partial(inputs.check_values, bounds=self._range) if validate else None,
         )
         first = start.detach().reshape(-1, start.shape[-1])[:1].repeat(2, 1)
         if len(first):
@@ -413,15 +406,17 @@ class Projector(Origins):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Projector:
         super()._apply(fn, recurse)
-        device = self._device()
-        if device is not None:
-            self._latents = None if self._latents is None else self._latents.to(device)
+        self._place_latents()
         if isinstance(self.candidates, Tensor):
             self._check_settings()
         return self
 
+    def _replicate_for_data_parallel(self) -> Projector:
+        self._notice_changes()
+        return super()._replicate_for_data_parallel()
+
     def _is_double(self) -> bool:
-        return any(p.dtype == torch.float64 for p in self.generator.parameters())
+        return any(p.dtype == torch.float64 for p in tensors_of(self.generator))
 
     def _why_reference(self, device: torch.device) -> str | None:
         """Returns why calls with images on a device take the reference path, None where kernels run."""

@@ -286,6 +286,63 @@ def unrolled_gradient(
         return to_images
 
 
+def unrolled_tangent(
+    decoder: Decoder,
+    images: Tensor,
+    z0: Tensor,
+    lr_schedule: Sequence[float],
+    momentum: float,
+    tangent: Tensor,
+    radius: float = 0.0,
+    steps: Tensor | None = None,
+) -> Tensor:
+    """Returns the reconstruction's directional derivative, through all steps of one restart.
+
+    Args:
+        decoder: the generator.
+        images: [B, C, H, W].
+        z0: the starting point of each image's chosen restart, [B, k].
+        lr_schedule: the learning rate of each step, length L.
+        momentum: of the heavy ball.
+        tangent: the direction in which the images change, [B, C, H, W].
+        radius: the norm to which latents are scaled; 0: they are free.
+        steps: how many steps the chosen restart took, [B]; None: all of them.
+
+    Returns:
+        The direction in which the reconstruction changes, [B, C, H, W].
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        images, z0, tangent = images.detach().clone(), z0.detach().clone(), tangent.detach().clone()
+        if not len(images):
+            return torch.zeros_like(images)
+        trajectory = descend(decoder, images, z0, lr_schedule, momentum, radius)
+        z_tangent = velocity_tangent = torch.zeros_like(z0)
+        for step, rate in enumerate(lr_schedule):
+            z, velocity = trajectory[step]
+            point = z.detach().requires_grad_(), images.detach().requires_grad_()
+            total = reconstruction_errors(decoder, *point).sum()
+            slopes = torch.autograd.grad(total, point, create_graph=True)
+            # Second derivatives are symmetric: how the latent's gradient changes along the tangents is the latent's
+            # gradient of how the error changes along them.
+            along = (slopes[0] * z_tangent).sum() + (slopes[1] * tangent).sum()
+            (gradient_tangent,) = torch.autograd.grad(along, point[0])
+            velocity_tangent = momentum * velocity_tangent + gradient_tangent
+            free = z - rate * (momentum * velocity + slopes[0].detach())
+            moved = _pushforward(lambda z: on_sphere(z, radius), free, z_tangent - rate * velocity_tangent)
+            z_tangent = moved if steps is None else torch.where((steps > step)[:, None], moved, z_tangent)
+        last = trajectory[-1][0]
+        if steps is not None:
+            last = torch.stack([z for z, _ in trajectory], 1)[
+                torch.arange(len(z0), device=steps.device), steps
+            ]
+        return _pushforward(decoder, last, z_tangent)
+
+
+def _pushforward(function: Decoder, at: Tensor, tangent: Tensor) -> Tensor:
+    found: Tensor = torch.autograd.functional.jvp(function, at.detach(), tangent)[1]
+    return found.detach()
+
+
 def best_restarts(errors: Tensor) -> Tensor:
     """Returns the index of each image's least error, [B, R] -> [B]; NaN never wins, the lowest index wins ties."""
     return torch.where(torch.isnan(errors), math.inf, errors).argmin(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, precisions, reference
+from .plan import tensors_of
 from .precisions import name_of
 
 _STARTS = ("random", "nearest")
@@ -87,7 +87,8 @@ class Settings(nn.Module):
         # Not a buffer: the module's dtype is not theirs, and they are not state.
         self._own_candidates: Tensor | None = None
         if isinstance(self.candidates, Tensor):
-            self.candidates = self.candidates.to(self._device() or self.candidates.device)
+            if not self._is_meta():  # they would be lost there, and follow the images later
+                self.candidates = self.candidates.to(self._device() or self.candidates.device)
             radius = self._radius(self.candidates.shape[1])
             self._own_candidates = reference.on_sphere(self.candidates, radius)
         self._checked_candidates = self.candidates
@@ -115,8 +116,11 @@ class Settings(nn.Module):
         return reference.Descent(rates, self.momentum, self._radius(latent_size), keep)
 
     def _device(self) -> torch.device | None:
-        tensors = itertools.chain(self.generator.parameters(), self.generator.buffers())
-        return next((tensor.device for tensor in tensors), None)
+        return next((tensor.device for tensor in tensors_of(self.generator)), None)
+
+    def _is_meta(self) -> bool:
+        device = self._device()
+        return device is not None and device.type == "meta"
 
     def extra_repr(self) -> str:
         own = self.candidates

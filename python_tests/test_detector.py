@@ -197,3 +197,36 @@ def test_modes_of_the_caller() -> None:
         detector.predict(x)
     detector.train()
     assert not detector.projector.generator.training
+
+
+def test_converting_the_networks_leaves_the_threshold() -> None:
+    detector, x = Detector(make_projector(steps=1)), clean(20)
+    threshold = detector.fit(x).threshold.clone()
+    assert threshold != threshold.bfloat16()
+    for convert in (Detector.half, Detector.bfloat16, Detector.double, lambda d: d.to(torch.float16)):
+        converted = convert(copy.deepcopy(detector))
+        assert converted.threshold.dtype == torch.float32
+        assert torch.equal(converted.threshold, threshold)
+        assert torch.equal(converted.state_dict()["threshold"], threshold)
+    assert copy.deepcopy(detector).to("meta").threshold.is_meta
+
+
+@pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
+@pytest.mark.parametrize("record", ["compile", "export"])
+def test_a_graph_of_the_detector(record: str) -> None:
+    detector, x = Detector(make_projector(steps=2)), clean(20)
+    torch._dynamo.reset()
+
+    def recorded():
+        if record == "compile":
+            return torch.compile(detector, backend="aot_eager", fullgraph=True)
+        return torch.export.export(detector, (x,)).module()
+
+    with pytest.raises(RuntimeError, match="no threshold yet"):
+        recorded()(x)
+    detector.fit(x, fpr=0.5)
+    torch._dynamo.reset()
+    expected = detector(x)
+    assert expected.any()
+    assert not expected.all()
+    assert torch.equal(recorded()(x), expected)

@@ -6,11 +6,14 @@ a reconstruction to its image is in `defgan_fast/gradients.py`. Their C++ halves
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..operators import merge_batches, split_batches
 from . import extension
 
 kernels_available: bool = extension.load()
@@ -146,6 +149,43 @@ def decode(latents: Tensor, parameters: Sequence[Tensor], plan: str, max_rows: i
     """Returns the generator's images for latents, [B, k] -> [B, C, H, W] float32; arguments as in `project`."""
     images: Tensor = torch.ops.defgan_fast.decode(latents, parameters, plan, max_rows)
     return images
+
+
+def _vmap_project(
+    op: Any, info: Any, in_dims: tuple[Any, ...], images: Tensor, z0: Tensor, *rest: Any
+) -> Any:
+    """Makes the images of all of vmap's calls one batch: an image's results have the same bits in any."""
+    dims = list(in_dims)
+    if dims[1] is not None:
+        z0, dims[1] = z0.movedim(dims[1], 0), 0
+        if z0.dim() == 3:  # each call has its own points, which its images share
+            count = images.movedim(dims[0], 0).shape[1] if dims[0] is not None else len(images)
+            z0 = z0[:, None].expand(-1, count, -1, -1)
+    merged = merge_batches(info.batch_size, dims, (images, z0, *rest))
+    if dims[1] is None and z0.dim() == 2:
+        merged[1] = z0
+    found = tuple(split_batches(result, info.batch_size) for result in op(*merged))
+    return found, (0,) * len(found)
+
+
+def _vmap_decode(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    merged = merge_batches(info.batch_size, in_dims, arguments)
+    return split_batches(torch.ops.defgan_fast.decode(*merged), info.batch_size), 0
+
+
+def _vmap_nearest(info: Any, in_dims: tuple[Any, ...], images: Tensor, candidates: Tensor, *rest: Any) -> Any:
+    if in_dims[1] is not None:
+        raise NotImplementedError("candidates must be the same for all of vmap's calls, got batched ones")
+    merged = merge_batches(info.batch_size, in_dims, (images, candidates, *rest))
+    merged[1] = candidates
+    return split_batches(torch.ops.defgan_fast.nearest(*merged), info.batch_size), 0
+
+
+if kernels_available:
+    for op in (torch.ops.defgan_fast.project.default, torch.ops.defgan_fast.project_keeping.default):
+        torch.library.register_vmap(op, functools.partial(_vmap_project, op))
+    torch.library.register_vmap("defgan_fast::decode", _vmap_decode)
+    torch.library.register_vmap("defgan_fast::nearest", _vmap_nearest)
 
 
 def cuda_kernels_run_on(index: int) -> bool:

@@ -17,7 +17,7 @@ beside it.
 from .interpretation import interpret
 from .latents import decoder_of, latent_size_of, takes_maps
 from .layers import Layer, LoweringError, Plan
-from .structure import structure_of
+from .structure import structure_of, tensors_of
 from .tracing import lower
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "lower",
     "structure_of",
     "takes_maps",
+    "tensors_of",
 ]

@@ -119,5 +119,6 @@ def _form_of(generator: nn.Module, latent_size: int) -> str | None:
 
 
 def _outputs(generator: nn.Module, latents: Tensor) -> Any:
-    with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+    kind = "cpu" if latents.is_meta else latents.device.type  # the meta device has no autocast
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
         return generator(latents)

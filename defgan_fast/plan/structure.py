@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def tensors_of(generator: nn.Module) -> Iterator[Tensor]:
+    """Gives a generator's parameters and buffers, those of a copy that DataParallel made included, which hides them."""
+    for module in generator.modules():
+        former = getattr(module, "_former_parameters", {})
+        for own in (module._parameters, former, module._buffers):
+            yield from (tensor for tensor in own.values() if tensor is not None)
 
 
 def structure_of(generator: nn.Module) -> tuple[Any, ...]:

@@ -138,7 +138,11 @@ def test_unrolled_op_passes_gradcheck(radius: float, keep: reference.Keep) -> No
     for restart in range(4):
         x = torch.rand(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(
-            lambda y, restart=restart: reconstruct(y, restart), (x,), eps=1e-6, atol=1e-8
+            lambda y, restart=restart: reconstruct(y, restart),
+            (x,),
+            eps=1e-6,
+            atol=1e-8,
+            check_forward_ad=True,
         )
     assert taken == ({0, 1, 2, 3} if keep else {3})
 
