@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "nearest.h"
+#include "candidate_pixels.h"
 #include "project_checks.h"
 
 namespace defgan {

@@ -1,6 +1,6 @@
 // The GPU's half of the op `nearest`; compiled only where the CUDA kernels are. Decoded candidates stay on the device.
 // Which memory to look at is told by the addresses of parameters and candidates; whether what is there was decoded from
-// their present contents is decided on the device (cuda/nearest.h), so neither an address that is used again nor a change
+// their present contents is decided on the device (cuda/find_nearest.h), so neither an address that is used again nor a change
 // by whatever means can go unnoticed, and the host waits for nothing but a first call's tables.
 //
 // Several streams may share what is kept. They only read it while the contents stay the same. After a change each of them

@@ -23,7 +23,7 @@ enum class Kind {
 
 // A new activation is added here, to kActivations in plan.cpp, and to defgan_fast/plan/activations.py; on CPUs to
 // activated in cpu/elementwise.h, times_derivative in cpu/gather_gemm.h and is_transcendental in cpu/workspace.h; on GPUs
-// to activate and differentiate in cuda/layout.h. Where it bounds its values, project_checks.h and nearest.h know that
+// to activate and differentiate in cuda/layout.h. Where it bounds its values, project_checks.h and candidate_pixels.h know that
 // range. Its derivative must follow from its output, which is all that the kernels store.
 enum class Activation { kIdentity, kRelu, kLeakyRelu, kSigmoid, kTanh };
 

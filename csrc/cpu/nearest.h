@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../nearest.h"
+#include "../candidate_pixels.h"
 #include "packed_generator.h"
 
 namespace defgan::cpu {

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "../nearest.h"
+#include "../candidate_pixels.h"
 #include "nearest_kernels.h"
 
 #if defined(__clang__)

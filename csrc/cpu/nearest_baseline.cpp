@@ -1,5 +1,5 @@
 // Products with candidates on any machine: SSE2 on x86-64, NEON on arm64, else a loop.
-#include "../nearest.h"
+#include "../candidate_pixels.h"
 #include "nearest_kernels.h"
 #if defined(__x86_64__)
 #include <emmintrin.h>

@@ -32,7 +32,7 @@ class Stream : public Queue {
       case KernelId::kFused:
         if constexpr (!std::is_same_v<S, float>) launch_fused<S>(l, stream_);
         return;
-      default: return;  // those of keeping.h and nearest.h have no precision
+      default: return;  // those of keep_rows.h and find_nearest.h have no precision
     }
   }
 

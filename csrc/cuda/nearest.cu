@@ -1,6 +1,6 @@
-// The entry points of nearest.h.
+// The entry points of find_nearest.h.
 #include "entries.cuh"
-#include "nearest_kernels.h"
+#include "nearest_by_id.h"
 
 namespace defgan::cuda {
 

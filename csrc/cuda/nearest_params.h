@@ -1,4 +1,4 @@
-// What the host hands to the kernels that find the nearest candidates (nearest.h).
+// What the host hands to the kernels that find the nearest candidates (find_nearest.h).
 #pragma once
 
 #include "params.h"

@@ -4,7 +4,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "nearest.h"
+#include "find_nearest.h"
 
 namespace defgan::cuda {
 namespace {

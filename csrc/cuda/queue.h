@@ -11,8 +11,8 @@ enum class KernelId {
   kPack,
   kTeam,
   kFused,
-  kKeep,  // of keeping.h
-  // of nearest.h
+  kKeep,  // of keep_rows.h
+  // of find_nearest.h
   kCompareContent,
   kDecideStale,
   kCopyContent,

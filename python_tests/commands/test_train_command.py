@@ -111,7 +111,7 @@ def test_missing_data_is_one_line(tmp_path, monkeypatch, capsys):
         assert commands.main(words) == 2
         message = capsys.readouterr().err
         assert message.startswith(
-            "defgan-fast: no such file: train-images-idx3-ubyte.gz of mnist; looked in "
+            "defgan-fast: no such file: train-images-idx3-ubyte.gz (or unpacked, or mnist.npz) of mnist; looked in "
         )
         assert str(tmp_path) in message
         assert message.count("\n") == 1

@@ -16,7 +16,7 @@ from defgan_fast.plan import lower
 
 pytestmark = pytest.mark.skipif(not ops.kernels_available, reason="needs the compiled kernels")
 
-# Pixels on the kernels' levels (csrc/nearest.h): their distances are exact, so ties are ties.
+# Pixels on the kernels' levels (csrc/candidate_pixels.h): their distances are exact, so ties are ties.
 LEVELS = 8191
 
 

@@ -40,7 +40,7 @@ UNITS: list[tuple[str, list[str]]] = [
     ("execution/driver.cpp", ["-O1"]),
     ("execution/driver_nearest.cpp", ["-O1"]),
     ("execution/driver_keeping.cpp", ["-O1"]),
-    ("keeping.cpp", ["-O1"]),
+    ("keep_rows.cpp", ["-O1"]),
     ("program.cpp", ["-O1"]),
     ("nearest_search.cpp", ["-O1"]),
     ("enqueue.cpp", ["-O1"]),

@@ -35,7 +35,7 @@ class Bug:
 
 
 FUSED, CONVOLUTION, LAYERED = "fused.h", "fused_convolution.h", "layered.h"
-SPHERE, KEEPING, LEGS = "sphere.h", "keeping.h", "../legs.h"
+SPHERE, KEEPING, LEGS = "sphere.h", "keep_rows.h", "../legs.h"
 GEMM, PACKING = "gemm.h", "packing.h"
 BUGS = [
     # fused

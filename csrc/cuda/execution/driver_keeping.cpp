@@ -1,5 +1,5 @@
 // The kernel that chooses the rows that go on, compiled for the CPU.
-#include "../keeping.h"
+#include "../keep_rows.h"
 #include "driver_kernels.h"
 
 namespace defgan::cuda {

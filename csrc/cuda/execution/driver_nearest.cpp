@@ -1,5 +1,5 @@
 // The kernels that find the nearest candidates, compiled for the CPU.
-#include "../nearest_kernels.h"
+#include "../nearest_by_id.h"
 #include "driver_kernels.h"
 
 namespace defgan::cuda {

@@ -1,7 +1,7 @@
-// Which function of nearest.h a launch names, the same for both executions: use(kernel, params) calls it.
+// Which function of find_nearest.h a launch names, the same for both executions: use(kernel, params) calls it.
 #pragma once
 
-#include "nearest.h"
+#include "find_nearest.h"
 #include "queue.h"
 
 namespace defgan::cuda {

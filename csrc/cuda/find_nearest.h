@@ -1,4 +1,4 @@
-// Kernels that find the nearest candidates of each image (../nearest.h has the arithmetic, which is exact: any order of
+// Kernels that find the nearest candidates of each image (../candidate_pixels.h has the arithmetic, which is exact: any order of
 // sums gives the same bits, and the CPU's kernels give them too).
 //
 // Candidates stay decoded on the device between calls. Whether they are still those of the parameters is decided there,
@@ -9,7 +9,7 @@
 // registers. Selection: a block takes an image and R times the least score beyond the last one.
 #pragma once
 
-#include "../nearest.h"
+#include "../candidate_pixels.h"
 #include "device.h"
 #include "nearest_params.h"
 

@@ -1,5 +1,5 @@
-// The entry point of keeping.h.
-#include "keeping.h"
+// The entry point of keep_rows.h.
+#include "keep_rows.h"
 
 #include "entries.cuh"
 
