@@ -8,6 +8,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.14.1
 PRESETS ?= release asan ubsan tsan
+# Compilers at once; without a number all sources would be compiled together, and need more memory than there is.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 DATASETS ?= digits mnist fashion_mnist
 ARGS ?=
 
@@ -68,7 +70,7 @@ cpp-test: $(TOOLS) ## the kernels' C++ tests, plain and under three sanitizers; 
 	@for preset in $(PRESETS); do \
 	  echo "== $$preset" && \
 	  $(CMAKE) --preset $$preset && \
-	  $(CMAKE) --build --preset $$preset --parallel && \
+	  $(CMAKE) --build --preset $$preset --parallel $(JOBS) && \
 	  $(CTEST) --preset $$preset $(ARGS) || exit 1; \
 	done
 

@@ -18,7 +18,9 @@ OTHERS = "decode nearest reference unrolled in_workers compiled_and_exported"
 
 @kernels
 @pytest.mark.parametrize(
-    ("threads", "cases"), [(1, ALONE), (2, ALONE), (2, OTHERS)], ids=["1", "2", "others"]
+    ("threads", "cases"),
+    [(1, ALONE), (2, ALONE), pytest.param(2, OTHERS, marks=pytest.mark.slow)],
+    ids=["1", "2", "others"],
 )
 def test_a_signal_is_heard(threads: int, cases: str) -> None:
     """A call that does not hear its signal would go on for minutes: the process is ended, and the case named."""
