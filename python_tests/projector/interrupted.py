@@ -137,6 +137,8 @@ def unrolled() -> None:
 
 
 def keyboard() -> None:
+    # What a shell starts in the background ignores this signal, and Python then leaves it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(SECONDS, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt) as caught:
