@@ -19,7 +19,11 @@ OTHERS = "decode nearest reference unrolled in_workers compiled_and_exported"
 @kernels
 @pytest.mark.parametrize(
     ("threads", "cases"),
-    [(1, ALONE), (2, ALONE), pytest.param(2, OTHERS, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, ALONE, marks=pytest.mark.slow),
+        (2, ALONE),
+        pytest.param(2, OTHERS, marks=pytest.mark.slow),
+    ],
     ids=["1", "2", "others"],
 )
 def test_a_signal_is_heard(threads: int, cases: str) -> None:
