@@ -180,7 +180,7 @@ DEFGAN_DEVICE int32_t product_of_quads(const Vec4& a, const Vec4& b) {
          product_of_words(a.w, b.w);
 }
 
-constexpr int kScoreSharedBytes = kScoreImages * kScoreQuads * int(sizeof(Vec4));
+static_assert(kScoreSharedBytes == kScoreImages * kScoreQuads * int(sizeof(Vec4)));
 
 DEFGAN_DEVICE void score_kernel(const NearestParams& p) {
   constexpr int kExactQuads = nearest::kExactPairs * 2 / kQuadPixels;
@@ -241,7 +241,7 @@ DEFGAN_DEVICE bool before(const Scored& a, const Scored& b) {
   return a.score != b.score ? a.score < b.score : a.index < b.index;
 }
 
-constexpr int kSelectSharedBytes = kNearestThreads * int(sizeof(Scored));
+static_assert(kSelectSharedBytes == kNearestThreads * int(sizeof(Scored)));
 
 DEFGAN_DEVICE Scored block_first(const Scored& own) {
   Scored* shared = reinterpret_cast<Scored*>(shared_memory());

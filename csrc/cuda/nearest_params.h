@@ -10,6 +10,9 @@ constexpr int kQuadPixels = 8;      // levels of 16 bytes, what a lane loads at 
 constexpr int kScoreImages = 8;     // that a block compares with its candidates at a time
 constexpr int kScoreQuads = 64;     // of an image that are in shared memory at a time
 constexpr int kLargestBlocks = 64;  // that look for the brightest pixel
+// Shared memory of a block: the images' quads of 16 bytes, and a score with its index for each thread.
+constexpr int kScoreSharedBytes = kScoreImages * kScoreQuads * 16;
+constexpr int kSelectSharedBytes = kNearestThreads * 16;
 
 // The tensors that decoded candidates depend on, and the copy of their words for which the kept candidates were made.
 // One address and one count each is what a launch's arguments (4 KB) have room for.

@@ -4,7 +4,8 @@
 #include <limits>
 #include <stdexcept>
 
-#include "find_nearest.h"
+#include "../candidate_pixels.h"
+#include "nearest_params.h"
 
 namespace defgan::cuda {
 namespace {

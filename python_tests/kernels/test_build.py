@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import types
 from pathlib import Path
@@ -255,3 +256,23 @@ def test_an_error_is_told_by_the_line_that_says_most():
     assert extension._one_line(RuntimeError(ninja)) == "a.cpp:3:1: error: no such thing"
     assert extension._one_line(RuntimeError("first\nsecond")) == "first"
     assert extension._one_line(ImportError()) == "ImportError"
+
+
+@in_checkout
+def test_sources_include_only_what_is_shipped():
+    """An installed package compiles on first import from the shipped files alone; a GPU's code includes others."""
+    shipped = set(build.shipped_files(CSRC))
+    todo = list(build.source_files(CSRC))
+    seen = set(todo)
+    while todo:
+        path = todo.pop()
+        for name in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            included = (path.parent / name).resolve()
+            if not included.is_file():
+                included = CSRC.resolve() / name
+            assert included in {other.resolve() for other in shipped}, (
+                f"{path} includes {name}, which is not shipped"
+            )
+            if included not in seen:
+                seen.add(included)
+                todo.append(included)

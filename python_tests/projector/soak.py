@@ -186,6 +186,9 @@ def resident_megabytes() -> float:
 
 
 def process(index: int, expected: list[list[tuple[Tensor, ...]]], end: float) -> int:
+    # torch's own operations wait for ever for the parent's threads, which a fork does not copy; a DataLoader's workers
+    # are told the same.
+    torch.set_num_threads(1)
     faulthandler.dump_traceback_later(SECONDS + PATIENCE, exit=True)
     actor = Actor(SEED + 1000 + index, expected, may_fork=True)
     actor.run_interrupted(end)

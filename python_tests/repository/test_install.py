@@ -155,7 +155,7 @@ def test_source_install_compiles_on_first_import_and_only_then(source, environme
     (cache / f"defgan_fast_C-{key}").mkdir(parents=True)
     (cache / f"defgan_fast_C-{key}" / "lock").touch()
     first, said = project(environment, tmp_path, TORCH_EXTENSIONS_DIR=cache)
-    assert first["status"]["built"] == "on first import"
+    assert first["status"]["built"] == "on first import", first["status"]
     assert Path(first["status"]["path"]).parent.name == f"defgan_fast_C-{key}"
     assert "compiling the kernels" in said
     assert first["backend"] == "cpu"
