@@ -1,7 +1,7 @@
 """The soak: `soak.py` for `$DEFGAN_SOAK_SECONDS`.
 
-It runs only where that variable is set: its forked processes can wait for ever for threads of torch that a fork does not
-copy, which is not understood yet, so it proves nothing about the kernels while it hangs.
+It runs only where that variable is set: its forked processes can wait for ever for threads of torch that a fork does
+not copy, which is not understood yet, so it proves nothing about the kernels while it hangs.
 """
 
 from __future__ import annotations
